@@ -1,0 +1,1 @@
+"""Recipes, engine configurations and cluster profiles that ship with Qatapult."""

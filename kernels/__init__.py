@@ -1,0 +1,25 @@
+"""Quantization kernels: tensors in, tensors out.
+
+Nothing is imported before it is asked for, so that importing this package needs no GPU, no compiler and no
+Triton, and so that a library that finds a folder named `kernels` on its path gets an empty module.
+"""
+
+from importlib import import_module
+from typing import Any
+
+# Public name -> the submodule that defines it.
+_PUBLIC = {
+    "Scheme": "scheme",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
