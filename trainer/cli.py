@@ -1,0 +1,41 @@
+"""The `qatapult` command line: collects the commands and turns user errors into one line and exit status 2."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import typer
+
+from qatapult.trainer.recipe.errors import EXIT_STATUS, UserError
+
+# Each module has `register(app)`; none imports torch before its command runs.
+COMMAND_MODULES = (
+    "qatapult.trainer.commands.train",
+    "qatapult.trainer.commands.recipe",
+)
+
+app = typer.Typer(
+    name="qatapult",
+    help="Quantization-aware training that proves how much accuracy came back.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _module in COMMAND_MODULES:
+    importlib.import_module(_module).register(app)
+
+
+def main() -> None:
+    """Entry point of the `qatapult` script and of `python -m qatapult.trainer`."""
+    try:
+        app()
+    except UserError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"qatapult: error: {error}", file=sys.stderr)
+        sys.exit(EXIT_STATUS)
+
+
+if __name__ == "__main__":
+    main()
