@@ -9,6 +9,8 @@ from typing import Any
 
 # Public name -> the submodule that defines it.
 _PUBLIC = {
+    "distillation_loss": "distillation.op",
+    "topk_distillation_loss": "distillation.op",
     "Scheme": "scheme",
 }
 

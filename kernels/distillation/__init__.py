@@ -1,0 +1,1 @@
+"""Distillation losses fused with both output heads."""
