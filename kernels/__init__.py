@@ -12,6 +12,16 @@ _PUBLIC = {
     "distillation_loss": "distillation.op",
     "topk_distillation_loss": "distillation.op",
     "Scheme": "scheme",
+    "choose_range": "ranges",
+    "dequantize": "grid",
+    "fake_quantize": "fake_quant.op",
+    "fake_quantize_dynamic": "fake_quant.op",
+    "pack": "packing",
+    "packed_features": "packing",
+    "quantize": "grid",
+    "scale_from_clip": "ranges",
+    "unpack": "packing",
+    "use_backend": "common.backend",
 }
 
 __all__ = sorted(_PUBLIC)

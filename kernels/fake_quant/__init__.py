@@ -1,0 +1,1 @@
+"""Fake-quantization: quantize and dequantize in one differentiable step (`op.py`)."""
