@@ -1,0 +1,1 @@
+"""Text to train on and text to judge by."""

@@ -1,0 +1,137 @@
+"""Documents: where text comes from, and the split into train and held-out by document."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from qatapult.trainer.recipe.errors import UserError
+from qatapult.trainer.recipe.schema import DataSource
+
+
+def read_documents(source: DataSource) -> Iterator[str]:
+    """Yield the documents of a source in its own order.
+
+    Raises:
+        UserError: if the source is missing or empty, or a shard cannot be read.
+    """
+    readers = {
+        "cpython_docs": _cpython_docs,
+        "text": _text_files,
+        "jsonl": _jsonl,
+        "parquet": _data_set,
+        "hub": _data_set,
+    }
+    if source.kind not in readers:
+        raise UserError(f"data: source kind '{source.kind}' has no documents of its own")
+    count = 0
+    for document in readers[source.kind](source):
+        if document.strip():
+            count += 1
+            yield document
+        if count == source.documents:
+            return
+    if count == 0:
+        raise UserError(f"data: source {source.path or source.kind!r} has no text in it")
+
+
+def is_held_out(document: str, every: int) -> bool:
+    """Whether a document belongs to the held-out share: one in `every`, by a hash of its text.
+
+    The choice depends on nothing but the text, so that it is the same for every seed, order and machine.
+    """
+    digest = hashlib.sha256(document.encode()).digest()
+    return int.from_bytes(digest[:8], "big") % every == 0
+
+
+def check_source(source: DataSource) -> None:
+    """Refuse a source whose files are missing or empty, without reading them.
+
+    Raises:
+        UserError: naming the path.
+    """
+    if source.kind not in ("text", "jsonl", "parquet"):
+        return
+    for file in _files(source):
+        if file.stat().st_size == 0:
+            raise UserError(f"data: file {str(file)!r} is empty")
+
+
+def _cpython_docs(source: DataSource) -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name]
+
+
+def _files(source: DataSource) -> list[Path]:
+    assert source.path is not None
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        suffixes = {"text": (".txt", ".md"), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}[source.kind]
+        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
+    else:
+        files = [Path(name) for name in sorted(glob.glob(str(path)))]
+    if not files:
+        raise UserError(f"data: {source.path!r} does not exist or holds no {source.kind} file")
+    return files
+
+
+def _text_files(source: DataSource) -> Iterator[str]:
+    for file in _files(source):
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"data: {str(file)!r} cannot be read as UTF-8 text: {error}") from None
+        yield from _split_text(text, source.separator)
+
+
+def _split_text(text: str, separator: str | None) -> Iterable[str]:
+    if separator is not None:
+        return text.split(separator.encode().decode("unicode_escape"))
+    return text.split("\n\n")
+
+
+def _jsonl(source: DataSource) -> Iterator[str]:
+    for file in _files(source):
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    yield _text_field(json.loads(line), source.field, f"{file}:{number}")
+                except json.JSONDecodeError:
+                    raise UserError(f"data: {file}:{number} is not a JSON object") from None
+
+
+def _text_field(row: object, field: str, where: str) -> str:
+    if not isinstance(row, dict) or field not in row:
+        known = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise UserError(f"data: {where} has no field {field!r} (it has {known}); set data.train.field")
+    return str(row[field])
+
+
+def _data_set(source: DataSource) -> Iterator[str]:
+    """Parquet shards and hub data sets, through the `datasets` library."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if source.kind == "parquet":
+            files = [str(file) for file in _files(source)]
+            rows = datasets.load_dataset(
+                "parquet", data_files=files, split="train", streaming=source.streaming
+            )
+        else:
+            rows = datasets.load_dataset(
+                str(source.path), source.subset, split=source.split, streaming=source.streaming
+            )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"data: {source.path!r} cannot be loaded: {str(error).splitlines()[0][:200]}") from None
+    for number, row in enumerate(rows):
+        yield _text_field(row, source.field, f"{source.path}[{number}]")

@@ -1,0 +1,1 @@
+"""Experiment trackers: wandb and TensorBoard through Accelerate, and what only wandb has."""
