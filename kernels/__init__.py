@@ -22,6 +22,12 @@ _PUBLIC = {
     "scale_from_clip": "ranges",
     "unpack": "packing",
     "use_backend": "common.backend",
+    "int_matmul": "int_gemm.op",
+    "quantize_activations": "int_gemm.op",
+    "packed_linear": "int_gemm.op",
+    "prepare_weight": "int_gemm.weights",
+    "PreparedWeight": "int_gemm.weights",
+    "quantized_linear": "quant_linear.op",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -1,0 +1,1 @@
+"""Integer products of quantized activations and packed weights (`op.py`)."""
