@@ -1,4 +1,5 @@
-"""Which of an operation's implementations runs: the Triton kernel, the compiled CPU path or the torch reference."""
+"""Which of an operation's implementations runs: the Triton kernel, the compiled CPU path or the torch
+reference."""
 
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ _forced: list[Backend] = []
 def backend_for(tensor: torch.Tensor) -> Backend:
     """The backend for operations on this tensor.
 
-    The innermost `use_backend`, else the environment variable `QATAPULT_KERNELS_BACKEND`, else by device: Triton on
-    CUDA where it is installed, the compiled path on the CPU, the reference everywhere else. Asking for `cpu` gets
-    the reference where no C++ compiler is found; that is decided, and warned about once, by `common.cpp`.
+    The innermost `use_backend`, else the environment variable `QATAPULT_KERNELS_BACKEND`, else by device:
+    Triton on CUDA where it is installed, the compiled path on the CPU, the reference everywhere else. Asking
+    for `cpu` gets the reference where no C++ compiler is found; that is decided, and warned about once, by
+    `common.cpp`.
     """
     if _forced:
         return _forced[-1]
@@ -37,7 +39,8 @@ def backend_for(tensor: torch.Tensor) -> Backend:
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Run the operations inside on one backend, for tests and measurements (`triton` on the CPU: interpreter only)."""
+    """Run the operations inside on one backend, for tests and measurements (`triton` on the CPU: interpreter
+    only)."""
     if backend not in get_args(Backend):
         raise ValueError(f"backend={backend!r} is not one of {', '.join(get_args(Backend))}")
     _forced.append(backend)
@@ -48,5 +51,6 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run under its interpreter (it is asked for by `TRITON_INTERPRET=1` before import)."""
+    """Whether Triton kernels run under its interpreter (it is asked for by `TRITON_INTERPRET=1` before
+    import)."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
