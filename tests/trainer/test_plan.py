@@ -1,0 +1,190 @@
+"""`qatapult plan`: sizes, memory by part, what fits, time, cost, and the Accelerate config it writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from qatapult.trainer.cli import app
+from qatapult.trainer.plan.accelerate_config import accelerate_config
+from qatapult.trainer.plan.hardware import find_gpu, parse_cluster
+from qatapult.trainer.plan.memory import memory
+from qatapult.trainer.plan.model_shape import shape_from_config, shape_of
+from qatapult.trainer.plan.planner import make_plan, require_fit, usable
+from qatapult.trainer.plan.settings import Setting
+from qatapult.trainer.plan.speed import flops_per_token
+from qatapult.trainer.recipe.errors import UserError
+from qatapult.trainer.recipe.schema import Model, Recipe
+from typer.testing import CliRunner
+
+GIGA = 1e9
+
+
+def recipe(model: str = "llama-2-7b", **qat: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "planned",
+            "model": {"source": f"random:{model}"},
+            "data": {"block_size": 2048},
+            "qat": {"tokens": 100_000_000, "global_batch_tokens": 262_144} | qat,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-2-13b", 13_015_864_320),
+        ("llama-2-70b", 68_976_648_192),
+        ("llama-3-8b", 8_030_261_248),
+        ("smollm2-135m", 134_515_008),
+    ],
+)
+def test_known_shapes_have_the_published_number_of_weights(name: str, parameters: int) -> None:
+    assert shape_of(Model(source=f"random:{name}")).parameters == parameters
+
+
+def test_shape_is_read_from_a_folder_without_its_weights(tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "vocab_size": 384}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    found = shape_of(Model(source=str(tmp_path)))
+    assert (found.kv_width, found.head_dim, found.tied) == (32, 16, False)
+    with pytest.raises(UserError, match="no field 'hidden_size'"):
+        shape_from_config({"num_attention_heads": 4}, "encoder")
+
+
+def test_model_states_are_those_of_the_zero_paper() -> None:
+    """16 bytes a trained weight, divided as ZeRO-1, 2 and 3 divide them (arXiv:1910.02054, figure 1)."""
+    plan, cluster = recipe(trainable="all"), parse_cluster("8xA100-80GB", 8)
+    shape = shape_of(plan.model)
+    states = {}
+    for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
+        needs = memory(plan, shape, cluster, Setting(engine, "none", True, 1, "none"))
+        # DDP frees gradients between steps; at 2 blocks a process they still exist when the backward pass ends.
+        states[engine] = (needs.weights + needs.gradients + needs.optimizer) / shape.parameters
+    assert states == pytest.approx(
+        {"ddp": 16, "zero1": 4 + 12 / 64, "zero2": 2 + 14 / 64, "zero3": 16 / 64, "fsdp2": 16 / 64}
+    )
+
+
+def test_teacher_is_whole_only_where_the_student_is() -> None:
+    candidates = make_plan(recipe(), parse_cluster("8xA100-80GB")).candidates
+    teachers = {(c.setting.engine, c.setting.teacher) for c in candidates}
+    assert ("ddp", "whole") in teachers
+    assert ("zero3", "sharded") in teachers
+    assert ("zero3", "whole") not in teachers
+    assert ("fsdp2", "whole") not in teachers
+    without = make_plan(recipe(distillation={"kind": "none"}), parse_cluster("8xA100-80GB")).candidates
+    assert all(c.memory.teacher == 0 for c in without)
+
+
+def test_7b_does_not_fit_plain_ddp_but_fits_sharded() -> None:
+    plan = make_plan(recipe(), parse_cluster("8xA100-80GB"))
+    assert not any(c.fits for c in plan.candidates if c.setting.engine == "ddp")
+    best = require_fit(plan)
+    assert best.fits
+    assert best.memory.device <= usable(plan.cluster.gpu)
+    cheapest = min(c.cost for c in plan.candidates if c.fits)
+    assert cheapest <= best.cost <= 1.03 * cheapest
+
+
+def test_70b_on_one_l4_is_refused_in_one_line() -> None:
+    with pytest.raises(
+        UserError, match=r"nothing fits 1 × L4-24GB: the smallest setting .* needs"
+    ) as refusal:
+        require_fit(make_plan(recipe("llama-2-70b"), parse_cluster("L4")))
+    assert "\n" not in str(refusal.value)
+
+
+def test_checkpointing_trades_memory_for_time() -> None:
+    candidates = {
+        (c.setting.checkpointing, c.setting.micro_batch): c
+        for c in make_plan(recipe(), parse_cluster("8xA100-80GB")).candidates
+        if c.setting.name == "zero3" and c.setting.teacher == "sharded"
+    }
+    assert candidates[True, 2].memory.activations < candidates[False, 2].memory.activations / 5
+    assert candidates[True, 2].step.arithmetic > candidates[False, 2].step.arithmetic * 1.2
+
+
+def test_flops_are_six_a_weight_and_two_for_the_teacher() -> None:
+    shape = shape_of(Model(source="random:llama-2-7b"))
+    plain = flops_per_token(shape, 1, Setting("ddp", "none", False, 1, "none"))
+    distilled = flops_per_token(shape, 1, Setting("ddp", "none", False, 1, "whole"))
+    multiplied = shape.parameters - shape.head_parameters  # the embedding is a look-up
+    assert plain / multiplied == pytest.approx(6, rel=1e-3)
+    assert distilled / plain == pytest.approx(4 / 3, rel=1e-9)
+
+
+def test_more_nodes_take_less_time_and_no_less_money() -> None:
+    one = require_fit(make_plan(recipe(), parse_cluster("8xA100-80GB")))
+    eight = require_fit(make_plan(recipe(), parse_cluster("8xA100-80GB", 8)))
+    assert one.hours / 8 <= eight.hours < one.hours
+    assert eight.cost >= one.cost
+
+
+@pytest.mark.parametrize(
+    ("node", "nodes", "price", "message"),
+    [
+        ("8xA100-90GB", 1, None, "unknown GPU 'A100-90GB'; did you mean A100-"),
+        ("8xA100", 1, None, "GPU 'A100' is ambiguous: A100-40GB or A100-80GB"),
+        ("0xH100", 1, None, "at least one GPU"),
+        ("8xH100", 0, None, "at least one GPU and one node"),
+        ("8xH100", 1, -1.0, "--price -1 is negative"),
+        ("eight H100", 1, None, "not COUNTxGPU"),
+    ],
+)
+def test_bad_clusters_get_one_clear_line(node: str, nodes: int, price: float | None, message: str) -> None:
+    with pytest.raises(UserError, match=message.replace("(", r"\(")) as refusal:
+        parse_cluster(node, nodes, price)
+    assert "\n" not in str(refusal.value)
+
+
+def test_every_gpu_has_a_source_and_sane_figures() -> None:
+    for name in ("A100-40GB", "A100-80GB", "H100", "H200", "B200", "L40S", "L4", "A10G", "RTX4090", "MI300X"):
+        gpu = find_gpu(name)
+        assert gpu.source.startswith("https://")
+        assert 10 * GIGA < gpu.memory < 250 * GIGA
+        assert gpu.flops <= gpu.int8_ops
+        assert gpu.link <= gpu.bandwidth
+
+
+def test_command_prints_json_and_writes_a_config_that_accelerate_reads(tmp_path: Path) -> None:
+    config_file, plot = tmp_path / "accelerate.yaml", tmp_path / "plan.png"
+    result = CliRunner().invoke(
+        app,
+        ["plan", "smollm2-135m-w4a8", "model.source=random:llama-2-7b", "data.block_size=2048",
+         "qat.global_batch_tokens=262144", "qat.tokens=100000000", "--node", "8xA100-80GB", "--nodes", "2",
+         "--price", "2", "--json", "--write", str(config_file), "--plot", str(plot)],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    best = answer["recommended"]
+    assert best["cost"] == pytest.approx(best["hours"] * 16 * 2)
+    assert answer["cluster"]["price_is_default"] is False
+    assert sum(v for k, v in best["memory_bytes"].items() if k not in ("total", "host")) == pytest.approx(
+        best["memory_bytes"]["total"]
+    )
+    written = yaml.safe_load(config_file.read_text())
+    assert (written["num_machines"], written["num_processes"]) == (2, 16)
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    assert load_config_from_file(str(config_file)).num_processes == 16
+    assert plot.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("engine", ["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"])
+def test_config_names_the_engine(engine: str) -> None:
+    setting = Setting(engine, "none", False, 1, "none")  # type: ignore[arg-type]
+    config = accelerate_config(recipe(), parse_cluster("8xH100"), setting)
+    if engine.startswith("zero"):
+        assert config["distributed_type"] == "DEEPSPEED"
+        assert config["deepspeed_config"]["zero_stage"] == int(engine[-1])
+    elif engine == "fsdp2":
+        assert (config["distributed_type"], config["fsdp_config"]["fsdp_version"]) == ("FSDP", 2)
+    else:
+        assert config["distributed_type"] == {"single": "NO", "ddp": "MULTI_GPU"}[engine]
+    assert config["mixed_precision"] == "bf16"

@@ -1,0 +1,98 @@
+"""The Accelerate config of a setting, as `accelerate launch --config_file` reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qatapult.trainer.plan.hardware import Cluster
+from qatapult.trainer.plan.memory import compute_bytes
+from qatapult.trainer.plan.settings import Setting
+from qatapult.trainer.recipe.schema import Recipe
+from qatapult.trainer.run_folder import write_atomically
+
+
+def accelerate_config(recipe: Recipe, cluster: Cluster, setting: Setting) -> dict[str, Any]:
+    """Fields of the Accelerate config that runs a recipe in a setting on a cluster."""
+    bf16 = compute_bytes(recipe, cluster) == 2 and recipe.qat.precision != "fp16"
+    mixed = "bf16" if bf16 else ("fp16" if recipe.qat.precision == "fp16" else "no")
+    config: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "debug": False,
+        "distributed_type": _distributed_type(setting, cluster),
+        "downcast_bf16": "no",
+        "machine_rank": 0,
+        "main_training_function": "main",
+        "mixed_precision": mixed,
+        "num_machines": cluster.nodes,
+        "num_processes": cluster.world,
+        "rdzv_backend": "static",
+        "same_network": True,
+        "use_cpu": cluster.gpu.is_cpu,
+    }
+    if setting.engine.startswith("zero"):
+        config["deepspeed_config"] = _deepspeed(setting, cluster)
+        config.pop("use_cpu")
+    if setting.engine == "fsdp2":
+        config["fsdp_config"] = _fsdp(setting)
+    return config
+
+
+def recipe_overrides(setting: Setting) -> list[str]:
+    """What a setting asks of the recipe, as `key=value`."""
+    return [
+        f"qat.batch_size={setting.micro_batch}",
+        f"qat.gradient_checkpointing={str(setting.checkpointing).lower()}",
+    ]
+
+
+def write_accelerate_config(path: Path, recipe: Recipe, cluster: Cluster, setting: Setting) -> None:
+    """Write the config, with the command that uses it on its first lines."""
+    overrides = " ".join(recipe_overrides(setting))
+    header = (
+        f"# {cluster.describe()}, {setting.name}, written by `qatapult plan` for the recipe {recipe.name}.\n"
+        f"# accelerate launch --config_file {path.name} -m qatapult.trainer RECIPE {overrides}\n"
+    )
+    if cluster.nodes > 1:
+        header += "# On every node: --machine_rank N --main_process_ip HOST --main_process_port PORT\n"
+    body = yaml.safe_dump(accelerate_config(recipe, cluster, setting), sort_keys=True)
+    write_atomically(path, header + body)
+
+
+def _distributed_type(setting: Setting, cluster: Cluster) -> str:
+    if setting.engine.startswith("zero"):
+        return "DEEPSPEED"
+    if setting.engine == "fsdp2":
+        return "FSDP"
+    if setting.engine == "ddp":
+        return "MULTI_CPU" if cluster.gpu.is_cpu else "MULTI_GPU"
+    return "NO"
+
+
+def _deepspeed(setting: Setting, cluster: Cluster) -> dict[str, Any]:
+    stage = int(setting.engine.removeprefix("zero"))
+    config: dict[str, Any] = {
+        "zero_stage": stage,
+        "offload_optimizer_device": "none" if setting.offload == "none" else "cpu",
+        "offload_param_device": "cpu" if setting.offload == "parameters" else "none",
+        "zero3_init_flag": False,
+        "zero3_save_16bit_model": stage == 3,
+        "gradient_clipping": "auto",
+    }
+    if cluster.nodes > 1:
+        config["deepspeed_multinode_launcher"] = "standard"
+    return config
+
+
+def _fsdp(setting: Setting) -> dict[str, Any]:
+    return {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,
+        "fsdp_offload_params": setting.offload == "parameters",
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        "fsdp_cpu_ram_efficient_loading": True,
+        "fsdp_activation_checkpointing": False,
+    }
