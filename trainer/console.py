@@ -1,8 +1,8 @@
 """What a person sees in the terminal: stages, progress, and the recovery table at the end.
 
-On a terminal it is coloured and alive; without one, under Slurm, or on a dumb terminal it prints plain lines that
-read well in a log file. Progress goes to standard error and results to standard output, so that a pipe gets
-results only. `NO_COLOR` is respected (by rich).
+On a terminal it is coloured and alive; without one, under Slurm, or on a dumb terminal it prints plain lines
+that read well in a log file. Progress goes to standard error and results to standard output, so that a pipe
+gets results only. `NO_COLOR` is respected (by rich).
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, TextIO
 
+from qatapult.trainer.report.text import duration, metric_rows, percent
 from rich import box
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
-
-from qatapult.trainer.report.text import metric_rows, percent
 
 #: Seconds between two lines of plain progress: a log of a day stays below 3000 lines.
 PLAIN_INTERVAL = 30.0
@@ -32,7 +31,8 @@ class Meter(Protocol):
         """Show how far it got.
 
         Args:
-            completed: units done since the beginning (not since the last call), so that a resumed run starts right.
+            completed: units done since the beginning (not since the last call), so that a resumed run starts
+                right.
             figures: named figures to show beside it, such as `loss=0.53, tokens_per_second=1200`.
         """
 
@@ -54,8 +54,12 @@ class Console:
         self.shows_progress = main and not quiet
         self.shows_results = main and not as_json
         self.main = main
-        self._out = RichConsole(file=out or sys.stdout, highlight=False, soft_wrap=_is_plain(out or sys.stdout))
-        self._err = RichConsole(file=err or sys.stderr, highlight=False, soft_wrap=_is_plain(err or sys.stderr))
+        self._out = RichConsole(
+            file=out or sys.stdout, highlight=False, soft_wrap=_is_plain(out or sys.stdout)
+        )
+        self._err = RichConsole(
+            file=err or sys.stderr, highlight=False, soft_wrap=_is_plain(err or sys.stderr)
+        )
         self.plain = _is_plain(self._err.file)
 
     def stage(self, name: str, note: str = "") -> None:
@@ -105,17 +109,19 @@ class Console:
         if not self.shows_results:
             return
         plain = _is_plain(self._out.file)
-        table = Table(box=box.ASCII2 if plain else box.ROUNDED, show_lines=False)
         header, *rows = metric_rows(report)
+        table = Table(box=box.ASCII2 if plain else box.ROUNDED)
         for index, title in enumerate(header):
             table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*row, style="bold" if row[0] in ("packed integers", "recovered") else "")
         self._out.print()
-        self._out.print(report["headline"], style="" if plain else "bold", markup=False)
-        # A log file has no width: give the table the room that it needs rather than 80 columns.
-        self._out.print(table, width=sum(max(map(len, column)) + 3 for column in zip(header, *rows, strict=True)) + 1)
-        _print_notes(self._out, report)
+        self._out.print(report["headline"], style="bold", markup=False)
+        # A log file has no width: give the table the room that it needs instead of 80 columns.
+        width = sum(max(map(len, column)) + 3 for column in zip(header, *rows, strict=True)) + 1
+        self._out.print(table, width=width if plain else None)
+        for note in report.get("notes", []):
+            self._out.print(f"  {note}", markup=False)
 
 
 def describe_figures(figures: Mapping[str, float | str | None]) -> str:
@@ -131,16 +137,6 @@ def describe_figures(figures: Mapping[str, float | str | None]) -> str:
         else:
             parts.append(f"{name.replace('_', ' ')} {value:.4g}")
     return "  ".join(parts)
-
-
-def describe_duration(seconds: float) -> str:
-    """`41 s`, `3 min 20 s`, `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 class _Silent:
@@ -182,20 +178,17 @@ class _PlainMeter:
         assert self._first is not None
         completed, figures = self._latest
         elapsed = time.monotonic() - self._started
-        parts = [f"{self._description:<9} {completed}/{self._total} ({percent(completed / max(self._total, 1))})"]
+        parts = [
+            f"{self._description:<9} {completed}/{self._total} ({percent(completed / max(self._total, 1))})"
+        ]
         parts.append(figures)
         if self._first < completed < self._total:
             left = elapsed * (self._total - completed) / (completed - self._first)
-            parts.append(f"{describe_duration(left)} left")
+            parts.append(f"{duration(left)} left")
         elif completed >= self._total:
-            parts.append(f"in {describe_duration(elapsed)}")
+            parts.append(f"in {duration(elapsed)}")
         self._console.print("  ".join(part for part in parts if part), markup=False)
         self._printed_at, self._latest = time.monotonic(), None
-
-
-def _print_notes(console: RichConsole, report: Mapping[str, Any]) -> None:
-    for note in report.get("notes", []):
-        console.print(f"  {note}", markup=False)
 
 
 def _is_plain(stream: TextIO | Any) -> bool:

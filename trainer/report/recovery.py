@@ -3,13 +3,14 @@
     recovery = (PTQ − QAT) / (PTQ − full precision)        for perplexity and other losses
     recovery = (QAT − PTQ) / (full precision − PTQ)        for accuracies
 
-Both are one formula, `(QAT − PTQ) / (full precision − PTQ)`: 1 means all of it came back, 0 none, below 0 that
-training made it worse, above 1 that the result is better than the original. Where quantization cost nothing, there
-is nothing to recover and the value is None.
+Both are one formula, `(QAT − PTQ) / (full precision − PTQ)`: 1 means all of it came back, 0 none, below 0
+that training made it worse, above 1 that the result is better than the original. Where quantization cost
+nothing, there is nothing to recover and the value is None.
 
-Intervals are percentile bootstrap intervals (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter
-13) over *documents*, because the tokens of a document are not independent. The three models are judged on the same
-documents, so a resample draws documents once and scores all three on them: what makes a document hard cancels out.
+Intervals are percentile bootstrap intervals (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+chapter 13) over *documents*, because the tokens of a document are not independent. The three models are
+judged on the same documents, so a resample draws documents once and scores all three on them: what makes a
+document hard cancels out.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class Recovery:
 
     Attributes:
         value: share of the cost that came back; None where quantization cost nothing.
-        interval: lower and upper bound at the stated confidence; None where it cannot be had (no value, fewer than
-            two documents, or a cost that is not distinguishable from zero on so few documents).
+        interval: lower and upper bound at the stated confidence; None where it cannot be had (no value, fewer
+            than two documents, or a cost that is not distinguishable from zero on so few documents).
         log: the same share of log-perplexity (mean loss per token), which weighs large perplexities less.
         log_interval: its interval.
     """
@@ -44,7 +45,9 @@ class Recovery:
     log_interval: tuple[float, float] | None = None
 
 
-def recovery(full_precision: float, quantized: float, trained: float, higher_is_better: bool = False) -> float | None:
+def recovery(
+    full_precision: float, quantized: float, trained: float, higher_is_better: bool = False
+) -> float | None:
     """Share of the cost of quantization that training won back.
 
     Args:
@@ -54,7 +57,8 @@ def recovery(full_precision: float, quantized: float, trained: float, higher_is_
         higher_is_better: True for accuracies, False for perplexities and losses.
 
     Returns:
-        The share, or None if quantization cost nothing (the metric did not get worse) or a figure is not finite.
+        The share, or None if quantization cost nothing (the metric did not get worse) or a figure is not
+        finite.
     """
     sign = 1.0 if higher_is_better else -1.0
     cost = sign * (full_precision - quantized)
@@ -118,10 +122,10 @@ def task_recovery(
 ) -> Recovery:
     """Recovery of a task's score with its interval.
 
-    Each argument is `{"value", "standard_error", "higher_is_better"}`, and may carry `"documents"`, the score of each
-    document. With documents, the bootstrap resamples them, paired as for perplexity. Without, it draws the three
-    scores from normal distributions of their standard errors; that ignores that the models answer the same
-    questions, so the interval is wider than the paired one (conservative).
+    Each argument is `{"value", "standard_error", "higher_is_better"}`, and may carry `"documents"`, the score
+    of each document. With documents, the bootstrap resamples them, paired as for perplexity. Without, it
+    draws the three scores from normal distributions of their standard errors; that ignores that the models
+    answer the same questions, so the interval is wider than the paired one (conservative).
     """
     scores = (full_precision, quantized, trained)
     higher = bool(full_precision.get("higher_is_better", True))
@@ -144,8 +148,8 @@ def resample_sums(columns: np.ndarray, resamples: int, seed: int) -> np.ndarray:
         seed: of the draws.
 
     Returns:
-        [resamples, columns]. Drawing n of n documents is drawing their multinomial counts, so that a resample is one
-        row of a matrix product.
+        [resamples, columns]. Drawing n of n documents is drawing their multinomial counts, so that a resample
+        is one row of a matrix product.
     """
     documents = len(columns)
     generator = np.random.default_rng(seed)
@@ -186,8 +190,9 @@ def _finite(value: float) -> float | None:
 def _percentile_interval(values: np.ndarray, confidence: float) -> tuple[float, float] | None:
     """Percentile interval of `values[1:]` around `values[0]`.
 
-    A resample in which quantization cost nothing could have any recovery, so each such resample counts against both
-    ends; when there are more of them than the tails hold, the interval is unbounded and None is given.
+    A resample in which quantization cost nothing could have any recovery, so each such resample counts
+    against both ends; when there are more of them than the tails hold, the interval is unbounded and None is
+    given.
     """
     draws = values[1:]
     tail = (1 - confidence) / 2

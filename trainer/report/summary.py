@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
-
 from qatapult.trainer.report.recovery import Losses, Recovery, perplexity_recovery, recovery, task_recovery
 from qatapult.trainer.report.text import number, percent
 from qatapult.trainer.run_folder import STAGES, RunFolder
@@ -49,7 +48,15 @@ def summarize_stages(
         "curve": qat.get("curve", []),
         "training": {
             key: qat[key]
-            for key in ("steps", "tokens", "best_step", "best_tokens", "stopped_early", "skipped_steps", "rollbacks")
+            for key in (
+                "steps",
+                "tokens",
+                "best_step",
+                "best_tokens",
+                "stopped_early",
+                "skipped_steps",
+                "rollbacks",
+            )
             if key in qat
         },
         "cost": {stage: result["cost"] for stage, result in stages.items() if result.get("cost")},
@@ -74,7 +81,11 @@ def describe_format(quantization: Mapping[str, Any]) -> str:
     else:
         where = weights.get("granularity", "channel")
     overrides = len(quantization.get("overrides") or ())
-    parts = [f"W{_bits(weights)}A{_bits(activations)}", where, f"+ {overrides} overrides" if overrides else ""]
+    parts = [
+        f"W{_bits(weights)}A{_bits(activations)}",
+        where,
+        f"+ {overrides} overrides" if overrides else "",
+    ]
     return " ".join(part for part in parts if part)
 
 
@@ -159,7 +170,11 @@ def _task(task: str, stages: Mapping[str, Stage], resamples: int) -> dict[str, A
         "packed": (stages.get("packed", {}).get("tasks") or {}).get(task),
     }
     higher = bool(scores["full_precision"].get("higher_is_better", True))
-    of_methods = {method: result["tasks"][task] for method, result in methods.items() if task in (result.get("tasks") or {})}
+    of_methods = {
+        method: result["tasks"][task]
+        for method, result in methods.items()
+        if task in (result.get("tasks") or {})
+    }
     pick = max if higher else min
     best = pick(of_methods, key=lambda method: of_methods[method]["value"], default=None)
     from_rtn = _task_recovery_of(scores["full_precision"], scores["ptq"], scores["packed"], resamples)
@@ -181,7 +196,10 @@ def _task(task: str, stages: Mapping[str, Stage], resamples: int) -> dict[str, A
 
 
 def _task_recovery_of(
-    reference: dict[str, Any], quantized: dict[str, Any] | None, trained: dict[str, Any] | None, resamples: int
+    reference: dict[str, Any],
+    quantized: dict[str, Any] | None,
+    trained: dict[str, Any] | None,
+    resamples: int,
 ) -> Recovery:
     if quantized is None or trained is None:
         return Recovery(None)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 ABSENT = "–"
 
-#: Keys of a metric in `report.json`, with the titles of their columns.
-COLUMNS = (
+#: Keys of a metric in `report.json`, with the titles of their columns in the recovery table.
+VALUE_TITLES = (
     ("full_precision", "full precision"),
+    ("full_precision_tuned", "fine-tuned control"),
     ("ptq", "PTQ (rtn)"),
     ("best_ptq", "best PTQ"),
     ("qat", "QAT"),
@@ -50,24 +52,53 @@ def byte_size(count: float | None) -> str:
     return f"{count:.3g} TB"
 
 
-def metric_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """The recovery table as text: a header, then one row a metric.
+def duration(seconds: float | None) -> str:
+    """`41 s`, `3 min 20 s`, `2 h 05 min`."""
+    if seconds is None:
+        return ABSENT
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.2g} s" if seconds < 1 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
-    Columns that no metric fills are left out; the control is shown where it was run.
-    """
-    metrics: Mapping[str, Mapping[str, Any]] = report["metrics"]
-    columns = [pair for pair in COLUMNS if any(metric.get(pair[0]) is not None for metric in metrics.values())]
-    if any(metric.get("full_precision_tuned") is not None for metric in metrics.values()):
-        columns.insert(1, ("full_precision_tuned", "fine-tuned"))
-    header = ["metric", *(title for _, title in columns), "recovered", "95 % interval", "of best PTQ's loss"]
-    rows = [
-        [
-            name,
-            *(number(metric.get(key)) for key, _ in columns),
-            percent(metric.get("recovery")),
-            interval(metric.get("recovery_interval")),
-            percent(metric.get("recovery_from_best_ptq")),
-        ]
-        for name, metric in metrics.items()
-    ]
-    return [header, *rows]
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the recovery table: a key of a metric, its title and how its figure is written."""
+
+    key: str
+    title: str
+    write: Callable[[Any], str]
+
+    def show(self, metric: Mapping[str, Any]) -> str:
+        return self.write(metric.get(self.key))
+
+
+VALUES = tuple(Column(*column, number) for column in VALUE_TITLES)
+RECOVERIES = (
+    Column("recovery", "recovered", percent),
+    Column("recovery_interval", "95 % interval", interval),
+    Column("recovery_from_best_ptq", "beyond best PTQ", percent),
+    Column("recovery_from_best_ptq_interval", "95 % interval", interval),
+)
+
+
+def metric_columns(report: Mapping[str, Any]) -> list[Column]:
+    """Columns of the recovery table; values that no metric has are left out."""
+    metrics = report["metrics"].values()
+    only_rtn = all(metric.get("best_ptq_method") in (None, "rtn") for metric in metrics)
+    values = [column for column in VALUES if any(metric.get(column.key) is not None for metric in metrics)]
+    if only_rtn:
+        return [*(column for column in values if column.key != "best_ptq"), *RECOVERIES[:2]]
+    return [*values, *RECOVERIES]
+
+
+def metric_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """The recovery table for a terminal: a header of metrics, then one row a model, so that it stays narrow."""
+    metrics = report["metrics"]
+    rows = [["", *metrics]]
+    for column in metric_columns(report):
+        rows.append([column.title, *(column.show(metric) for metric in metrics.values())])
+    return rows
