@@ -15,6 +15,7 @@ COMMAND_MODULES = (
     "qatapult.trainer.commands.train",
     "qatapult.trainer.commands.recipe",
     "qatapult.trainer.commands.plan",
+    "qatapult.launch.commands",
 )
 
 app = typer.Typer(
