@@ -7,6 +7,7 @@ processes computes the same global batches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -56,10 +57,12 @@ class BatchPlan:
 
     def _block(self, position: int) -> int:
         epoch, place = divmod(position, self.blocks)
-        return int(self._order(epoch)[place])
-
-    def _order(self, epoch: int) -> Tensor:
         if not self.shuffle:
-            return torch.arange(self.blocks)
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
-        return torch.randperm(self.blocks, generator=generator)
+            return place
+        return int(_order(self.blocks, self.seed, epoch)[place])
+
+
+@lru_cache(maxsize=2)
+def _order(blocks: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    return torch.randperm(blocks, generator=generator)

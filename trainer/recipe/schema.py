@@ -74,7 +74,7 @@ class Data(Section):
         None, description="Where held-out documents come from; by default a share of the training documents."
     )
     held_out_every: int = Field(
-        8, ge=2, description="One document in so many is held out, chosen by a hash of its text."
+        8, ge=2, description="The first of every so many documents is held out, in the source's order."
     )
     block_size: int = Field(512, ge=8, description="Tokens a block.")
     evaluation_blocks: Positive = Field(16, description="Held-out blocks that the perplexity is measured on.")
@@ -175,7 +175,7 @@ class Calibration(Section):
     blocks: Positive = Field(64, description="Blocks of `data.block_size` tokens, from the training documents.")
 
 
-PtqMethod = Literal["rtn", "gptq", "awq", "smoothquant", "hadamard", "spinquant"]
+PtqMethod = Literal["rtn", "mse", "percentile", "gptq", "awq", "smoothquant", "hadamard", "spinquant"]
 
 
 class Ptq(Section):

@@ -1,0 +1,122 @@
+"""The student's forward pass and its loss, as one module that every engine can wrap.
+
+The loss is computed inside `forward`, where FSDP2 and ZeRO-3 have gathered the output head, and it is fused with
+both heads, so that the logits of a batch are never held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from qatapult.kernels import distillation_loss, topk_distillation_loss
+from qatapult.trainer.evaluate.perplexity import last_hidden, token_losses
+from qatapult.trainer.quantize.modules import QuantizedWeight
+from qatapult.trainer.recipe.schema import Distillation
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TeacherSignal:
+    """What the teacher says about a batch.
+
+    Attributes:
+        hidden: last hidden states, `[B, S, D_teacher]`; None with cached logits.
+        head: the teacher's output head, `[V, D_teacher]`; None with cached logits.
+        top_indices: int64 `[B, S, k]`, from the cache.
+        top_logprobs: `[B, S, k]`, from the cache.
+        tail_mass: `[B, S]`, probability outside the k tokens.
+    """
+
+    hidden: Tensor | None = None
+    head: Tensor | None = None
+    top_indices: Tensor | None = None
+    top_logprobs: Tensor | None = None
+    tail_mass: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """Sums over the tokens of a batch, so that processes can average over all tokens.
+
+    Attributes:
+        loss: scalar with a gradient.
+        kl: detached scalar.
+        tokens: how many tokens the sums are over.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    tokens: int
+
+
+class Student(nn.Module):
+    """A causal language model together with its training loss.
+
+    Args:
+        model: the model, prepared for quantization (or not: the full-precision control trains the same way).
+        distillation: the loss.
+    """
+
+    def __init__(self, model: PreTrainedModel, distillation: Distillation) -> None:
+        super().__init__()
+        self.model = model
+        self.distillation = distillation
+
+    def forward(
+        self, ids: Tensor, present: Tensor | None = None, teacher: TeacherSignal | None = None
+    ) -> LossParts | Tensor:
+        """Training loss of a batch, or token losses for evaluation.
+
+        Args:
+            ids: int64 `[B, S]`.
+            present: bool `[B]`, False for blocks that only fill up a batch; None to evaluate.
+            teacher: None when training on the text alone.
+
+        Returns:
+            `LossParts` for training; token losses, fp32 `[B, S − 1]`, for evaluation.
+        """
+        if present is None:
+            return token_losses(self.model, ids)
+        hidden = last_hidden(self.model, ids)
+        labels = nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
+        labels = labels.masked_fill(~present[:, None], IGNORED)
+        if teacher is None:
+            return self._text_loss(hidden, labels)
+        return self._distillation_loss(hidden, labels, present, teacher)
+
+    def head_weight(self) -> Tensor:
+        """The output head as the forward pass uses it, `[V, D]`."""
+        head = self.model.get_output_embeddings()
+        return head.fake_quantized_weight() if isinstance(head, QuantizedWeight) else head.weight
+
+    def _distillation_loss(
+        self, hidden: Tensor, labels: Tensor, present: Tensor, teacher: TeacherSignal
+    ) -> LossParts:
+        options = {
+            "kind": self.distillation.kind,
+            "temperature": self.distillation.temperature,
+            "beta": self.distillation.beta,
+            "ce_weight": self.distillation.cross_entropy,
+            "labels": labels if self.distillation.cross_entropy else None,
+            "mask": present[:, None].expand(hidden.shape[:-1]),
+            "reduction": "sum",
+            "return_parts": True,
+        }
+        if teacher.hidden is not None:
+            loss, parts = distillation_loss(hidden, self.head_weight(), teacher.hidden, teacher.head, **options)
+        else:
+            loss, parts = topk_distillation_loss(
+                hidden, self.head_weight(), teacher.top_indices, teacher.top_logprobs, teacher.tail_mass, **options
+            )
+        return LossParts(loss, parts["kl"], int(parts["tokens"]))
+
+    def _text_loss(self, hidden: Tensor, labels: Tensor) -> LossParts:
+        logits = nn.functional.linear(hidden, self.head_weight()).flatten(0, 1)
+        loss = cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        return LossParts(loss, torch.zeros_like(loss), int((labels != IGNORED).sum()))

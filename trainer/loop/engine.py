@@ -1,0 +1,74 @@
+"""The Accelerate engine: one process, DDP, FSDP2 or DeepSpeed, chosen by the launcher and never by the recipe."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+
+from qatapult.trainer.recipe.errors import UserError
+from qatapult.trainer.recipe.schema import Qat, Recipe
+
+# The main process alone measures baselines and calibrates; the others wait for it.
+_LONGEST_WAIT = timedelta(hours=12)
+
+
+def create_accelerator(recipe: Recipe) -> Accelerator:
+    """Build the Accelerator for the environment that the launcher left.
+
+    Raises:
+        UserError: if the number of processes is not what the launcher promised.
+    """
+    backend = None if torch.cuda.is_available() else "gloo"
+    handlers = [InitProcessGroupKwargs(backend=backend, timeout=_LONGEST_WAIT)]
+    state = PartialState(backend=backend, timeout=_LONGEST_WAIT) if _distributed() else PartialState()
+    _check_world_size(state.num_processes)
+    return Accelerator(
+        mixed_precision=autocast_precision(recipe.qat),
+        gradient_accumulation_steps=micro_batches(recipe, state.num_processes),
+        kwargs_handlers=handlers,
+    )
+
+
+def autocast_precision(qat: Qat) -> str:
+    """`bf16`, `fp16` or `no`. CPUs without bf16 instructions multiply bf16 several times slower than fp32."""
+    if qat.precision == "fp32":
+        return "no"
+    if qat.precision != "auto":
+        return qat.precision
+    return "bf16" if multiplies_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")) else "no"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16 products."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def blocks_per_step(recipe: Recipe) -> int:
+    """Blocks of one optimizer step, all processes together."""
+    if recipe.qat.global_batch_tokens is None:
+        return recipe.qat.batch_size
+    return max(1, round(recipe.qat.global_batch_tokens / recipe.data.block_size))
+
+
+def micro_batches(recipe: Recipe, world_size: int) -> int:
+    """Forward and backward passes of one optimizer step on each process."""
+    own = -(-blocks_per_step(recipe) // world_size)
+    return -(-own // recipe.qat.batch_size)
+
+
+def _distributed() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _check_world_size(actual: int) -> None:
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    if actual != promised:
+        raise UserError(
+            f"the launcher promised {promised} processes and {actual} found each other; check the Accelerate "
+            "config's distributed_type and num_processes (qatapult doctor)"
+        )

@@ -1,0 +1,313 @@
+"""The one training loop: QAT with distillation, and the full-precision control, on every engine."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qatapult.trainer.console import Console
+from qatapult.trainer.data.blocks import TokenizedData
+from qatapult.trainer.distill.student import LossParts, Student
+from qatapult.trainer.distill.teacher import Teacher
+from qatapult.trainer.evaluate.perplexity import Perplexity, perplexity
+from qatapult.trainer.loop.batches import BatchPlan
+from qatapult.trainer.loop.checkpoint import (
+    TrainerState,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from qatapult.trainer.loop.engine import blocks_per_step
+from qatapult.trainer.loop.interrupt import Interrupted, InterruptFlag
+from qatapult.trainer.loop.metrics import MetricsLog
+from qatapult.trainer.loop.optimizer import build_optimizer, grid_parameters, select_trainable
+from qatapult.trainer.loop.quantization_schedule import apply_schedule
+from qatapult.trainer.loop.schedules import rate_factor
+from qatapult.trainer.recipe.errors import UserError
+from qatapult.trainer.recipe.schema import Recipe
+
+_EVALUATION_BATCH = 4
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave, over all processes."""
+
+    loss: float
+    kl: float
+    grad_norm: float
+    loader_seconds: float
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+class Trainer:
+    """Trains one model against its teacher, evaluates, checkpoints and resumes.
+
+    Args:
+        accelerator: the engine.
+        recipe: what to do.
+        model: prepared for quantization, or plain for the full-precision control.
+        teacher: None to train on the text alone.
+        data: token blocks.
+        checkpoints: folder of this training's checkpoints.
+        log: where metrics go.
+        console: where progress goes.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        recipe: Recipe,
+        model: PreTrainedModel,
+        teacher: Teacher | None,
+        data: TokenizedData,
+        checkpoints: Path,
+        log: MetricsLog,
+        console: Console,
+    ) -> None:
+        self.accelerator = accelerator
+        self.recipe = recipe
+        self.qat = recipe.qat
+        self.model = model
+        self.teacher = teacher
+        self.data = data
+        self.checkpoints = checkpoints
+        self.log = log
+        self.console = console
+        self.plan = BatchPlan(
+            blocks=len(data.train),
+            blocks_per_step=blocks_per_step(recipe),
+            batch_size=self.qat.batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            seed=recipe.seed,
+            shuffle=recipe.data.shuffle,
+        )
+        self.tokens_per_step = self.plan.blocks_per_step * recipe.data.block_size
+        self.steps = max(1, -(-self.qat.tokens // self.tokens_per_step))
+        select_trainable(model, self.qat.trainable)
+        optimizer = build_optimizer(model, recipe, self.steps)
+        self.state = TrainerState(peak_rates=[group["lr"] for group in optimizer.param_groups])
+        self.student, self.optimizer = accelerator.prepare(
+            Student(model, self.qat.distillation), optimizer
+        )
+        self._skipped_in_a_row = 0
+        self._last_checkpoint = time.monotonic()
+
+    def train(self) -> TrainerState:
+        """Train to the end, or from the newest whole checkpoint on.
+
+        Raises:
+            Interrupted: after a signal, with a checkpoint written.
+            UserError: if the run diverges more often than the recipe allows.
+        """
+        self._resume()
+        with (
+            InterruptFlag() as flag,
+            self.console.progress(self.steps * self.tokens_per_step, "qat") as meter,
+        ):
+            while self.state.step < self.steps and not self._stop_early():
+                started = time.perf_counter()
+                result = self._step()
+                seconds = time.perf_counter() - started
+                if not self._accept(result):
+                    continue
+                self._log_step(result, seconds)
+                meter.update(
+                    self.state.tokens, loss=result.loss, tokens_per_second=self.tokens_per_step / seconds
+                )
+                evaluated = self._evaluate_if_due()
+                if self._interrupted(flag):
+                    self._save()
+                    raise Interrupted
+                if evaluated or self._checkpoint_is_due():
+                    self._save()
+        return self.state
+
+    def evaluate(self) -> Perplexity:
+        """Held-out perplexity of the model as it is now, computed by all processes together."""
+        self.student.eval()
+        measured = perplexity(
+            self.model,
+            self.data.held_out,
+            self.data.held_out_documents,
+            batch_size=_EVALUATION_BATCH * self.plan.world_size,
+            losses_of=self._shared_losses,
+        )
+        self.student.train()
+        return measured
+
+    def load_best(self) -> None:
+        """Put the best checkpoint's weights into the model."""
+        best = self.checkpoints / f"step-{self.state.best_step}"
+        if self.state.best_step not in (None, self.state.step) and best.exists():
+            state = self.state
+            load_checkpoint(self.accelerator, best)
+            self.state = state
+
+    def _step(self) -> StepResult:
+        """One optimizer step; the losses and gradients are averages over all tokens of all processes."""
+        self.student.train()
+        self._apply_schedules()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
+        loader_seconds = 0.0
+        positions = self._positions_per_block() * self.plan.blocks_per_step
+        for indices in self.plan.step(self.state.step):
+            started = time.perf_counter()
+            ids = self.data.train[indices.clamp(min=0)].to(self.accelerator.device)
+            present = (indices >= 0).to(self.accelerator.device)
+            loader_seconds += time.perf_counter() - started
+            with self.accelerator.accumulate(self.student):
+                signal = self.teacher.signal(ids, indices) if self.teacher else None
+                parts: LossParts = self.student(ids, present, signal)
+                # DDP averages over processes and `backward` over micro-batches: undo both, so that the sum
+                # over all tokens is divided by their number and by nothing else.
+                share = self.plan.world_size * self.plan.micro_batches / positions
+                self.accelerator.backward(parts.loss * share)
+                sums += torch.stack([parts.loss.detach(), parts.kl, torch.tensor(parts.tokens)]).to(sums)
+        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.qat.optimizer.gradient_clip)
+        loss, kl, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        return StepResult(loss / tokens, kl / tokens, float(norm), loader_seconds)
+
+    def _positions_per_block(self) -> int:
+        """Tokens of a block that have a loss: the last has no next token to predict."""
+        distillation = self.qat.distillation
+        predicts_text = self.teacher is None or distillation.cross_entropy > 0
+        return self.recipe.data.block_size - (1 if predicts_text else 0)
+
+    def _accept(self, result: StepResult) -> bool:
+        """Apply the step, or leave it out where it is not finite."""
+        if result.finite:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.state.step += 1
+            self.state.tokens += self.tokens_per_step
+            if self._scales_are_sound():
+                self._skipped_in_a_row = 0
+                return True
+            self.log.event("scale_collapsed", self.state.step, self.state.tokens)
+            self._roll_back("a scale collapsed")
+            return False
+        self.optimizer.zero_grad()
+        self.state.skipped_steps += 1
+        self.state.step += 1
+        self.state.tokens += self.tokens_per_step
+        self._skipped_in_a_row += 1
+        self.log.event("skip", self.state.step, self.state.tokens)
+        if self._skipped_in_a_row >= self.qat.guards.max_skipped_steps:
+            self._roll_back(f"{self._skipped_in_a_row} steps in a row had NaN or inf")
+        return False
+
+    def _scales_are_sound(self) -> bool:
+        scales = [p for p in grid_parameters(self.model) if p.numel()]
+        if not scales:
+            return True
+        return bool(torch.stack([torch.isfinite(p).all() for p in scales]).all())
+
+    def _roll_back(self, reason: str) -> None:
+        """Back to the newest checkpoint with a lower learning rate; all processes come here together."""
+        guards = self.qat.guards
+        whole = list_checkpoints(self.checkpoints)
+        rollbacks, factor = self.state.rollbacks + 1, self.state.rate_factor * guards.rollback_learning_rate
+        if rollbacks > guards.max_rollbacks or not whole:
+            raise UserError(
+                f"training diverged at step {self.state.step}: {reason}, after {self.state.rollbacks} rollbacks; "
+                "lower qat.optimizer.learning_rate or raise the bits"
+            )
+        skipped = self.state.skipped_steps
+        self.state = load_checkpoint(self.accelerator, whole[-1])
+        self.state.rollbacks, self.state.rate_factor, self.state.skipped_steps = rollbacks, factor, skipped
+        self._skipped_in_a_row = 0
+        self.log.event("rollback", self.state.step, self.state.tokens)
+        self.log.alert("rollback", f"{reason}: back to step {self.state.step}, learning rate × {factor:g}")
+        self.console.warn(f"{reason}: back to step {self.state.step}, learning rate × {factor:g}")
+
+    def _apply_schedules(self) -> None:
+        factor = rate_factor(self.qat.optimizer, self.state.step, self.steps) * self.state.rate_factor
+        for group, peak in zip(self.optimizer.param_groups, self.state.peak_rates, strict=True):
+            group["lr"] = peak * factor
+        self.state.phase = apply_schedule(
+            self.model, self.qat, self.state.step / self.steps, self.state.phase
+        )
+
+    def _log_step(self, result: StepResult, seconds: float) -> None:
+        self.log.write(
+            {
+                "train/loss": result.loss,
+                "train/kl": result.kl,
+                "train/learning_rate": self.optimizer.param_groups[0]["lr"],
+                "train/grad_norm": result.grad_norm,
+                "train/tokens_per_second": self.tokens_per_step / seconds,
+                "train/loader_share": result.loader_seconds / seconds,
+            },
+            self.state.step,
+            self.state.tokens,
+        )
+
+    def _evaluate_if_due(self) -> bool:
+        every = self.qat.evaluate_every_tokens or -(-self.steps // 6) * self.tokens_per_step
+        crossed = self.state.tokens // every > (self.state.tokens - self.tokens_per_step) // every
+        if not crossed and self.state.step < self.steps:
+            return False
+        value = self.evaluate().value
+        state = self.state
+        state.curve.append({"tokens": state.tokens, "step": state.step, "perplexity": value})
+        if state.best_perplexity is None or value < state.best_perplexity:
+            state.best_perplexity, state.best_step, state.evaluations_since_best = value, state.step, 0
+        else:
+            state.evaluations_since_best += 1
+        self.log.evaluation(value, state.step, state.tokens)
+        return True
+
+    def _stop_early(self) -> bool:
+        patience = self.qat.early_stopping
+        return patience is not None and self.state.evaluations_since_best >= patience
+
+    def _interrupted(self, flag: InterruptFlag) -> bool:
+        """Whether any process received a signal: all of them must stop at the same step."""
+        mine = torch.tensor(float(flag.received is not None), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(mine, "sum") > 0)
+
+    def _checkpoint_is_due(self) -> bool:
+        policy = self.qat.checkpoints
+        every = policy.every_tokens
+        if every and self.state.tokens // every > (self.state.tokens - self.tokens_per_step) // every:
+            return True
+        # The clocks of the processes differ, so the main process decides for all.
+        due = torch.tensor(float(time.monotonic() - self._last_checkpoint > policy.every_seconds))
+        if not self.accelerator.is_main_process:
+            due.zero_()
+        return bool(self.accelerator.reduce(due.to(self.accelerator.device), "sum") > 0)
+
+    def _save(self) -> None:
+        save_checkpoint(self.accelerator, self.checkpoints / f"step-{self.state.step}", self.state)
+        if self.accelerator.is_main_process:
+            prune_checkpoints(self.checkpoints, self.qat.checkpoints.keep, self.state.best_step)
+        self._last_checkpoint = time.monotonic()
+
+    def _resume(self) -> None:
+        whole = list_checkpoints(self.checkpoints)
+        if whole:
+            self.state = load_checkpoint(self.accelerator, whole[-1])
+            self.log.truncate(self.state.step)
+            self.console.say(f"resuming from step {self.state.step} of {self.steps}")
+
+    def _shared_losses(self, ids: Tensor) -> Tensor:
+        """Token losses of a batch, each process computing its share of the blocks."""
+        rank, world = self.plan.rank, self.plan.world_size
+        rows = -(-len(ids) // world)
+        padded = torch.cat([ids, ids[:1].expand(rows * world - len(ids), -1)])
+        with torch.no_grad():
+            own = self.student(padded[rank * rows : (rank + 1) * rows])
+        return self.accelerator.gather(own)[: len(ids)]

@@ -1,0 +1,113 @@
+"""A run from its recipe to its report: stages that are finished are skipped, the rest is done in order."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+from qatapult.launch.owner import Owner, claim
+from qatapult.trainer.console import Console
+from qatapult.trainer.context import Context
+from qatapult.trainer.data.blocks import check_data
+from qatapult.trainer.environment import describe_environment
+from qatapult.trainer.loop.engine import create_accelerator
+from qatapult.trainer.loop.interrupt import INTERRUPTED, Interrupted
+from qatapult.trainer.models import check_model
+from qatapult.trainer.recipe.errors import UserError
+from qatapult.trainer.recipe.loading import differences, dump_recipe, load_recipe
+from qatapult.trainer.recipe.schema import Recipe
+from qatapult.trainer.report import write_report
+from qatapult.trainer.run_folder import STAGES, RunFolder, write_atomically, write_json
+from qatapult.trainer.tracking.trackers import Tracking
+
+#: Stages that all processes work on together; the others run on the main process while the rest waits.
+_SHARED_STAGES = ("qat",)
+
+
+def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False) -> None:
+    """Do what is left of a run, and show the recovery table.
+
+    Args:
+        recipe: what to do.
+        runs: folder of the runs.
+        quiet: show no progress.
+        as_json: print `report.json` instead of the table.
+
+    Raises:
+        UserError: if the input is bad or the folder holds another recipe's run; nothing is written then.
+    """
+    folder = RunFolder(runs / recipe.name)
+    check_inputs(recipe, folder)
+    console = Console(quiet=quiet, as_json=as_json)
+    accelerator = create_accelerator(recipe)
+    owner = claim(folder) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
+    try:
+        tracking = Tracking(accelerator, recipe, folder)
+        context = Context(recipe, folder, accelerator, console, tracking)
+        if accelerator.is_main_process:
+            write_atomically(folder.recipe, dump_recipe(recipe))
+            write_json(folder.environment, describe_environment(accelerator))
+        _run_stages(context, owner)
+        _finish(context, as_json)
+    except Interrupted:
+        console.say(f"interrupted; a checkpoint is written. The same command goes on: {_command()}")
+        sys.exit(INTERRUPTED)
+    finally:
+        if owner is not None:
+            owner.release()
+        accelerator.end_training()
+
+
+def check_inputs(recipe: Recipe, folder: RunFolder) -> None:
+    """Refuse what cannot work, before anything is loaded or written.
+
+    Raises:
+        UserError: naming the field or file and what would be right.
+    """
+    if folder.recipe.exists():
+        changed = differences(load_recipe(folder.recipe), recipe)
+        if changed:
+            raise UserError(
+                f"{folder.path} holds a run of another recipe ({'; '.join(changed[:3])}); "
+                "choose another name=…, or remove that folder"
+            )
+    check_model(recipe.model)
+    check_data(recipe.data)
+
+
+def _run_stages(context: Context, owner: Owner | None) -> None:
+    for stage in STAGES:
+        if context.run.stage(stage).exists():
+            context.console.stage(stage, "done before")
+            continue
+        context.console.stage(stage)
+        result = None
+        if stage in _SHARED_STAGES or context.accelerator.is_main_process:
+            result = importlib.import_module(f"qatapult.trainer.stages.{stage}").run(context)
+        if owner is not None:
+            with owner.writing():
+                write_json(context.run.stage(stage), result)
+        context.accelerator.wait_for_everyone()
+
+
+def _finish(context: Context, as_json: bool) -> None:
+    if not context.accelerator.is_main_process:
+        return
+    # Written once more, now that the report stage's own cost is known.
+    page = write_report(context.run)
+    report = json.loads(context.run.report_json.read_text(encoding="utf-8"))
+    context.tracking.finish(report)
+    if as_json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    context.console.table(report)
+    context.console.say(f"report: {page}")
+    for name in context.recipe.export:
+        context.console.say(f"{name}: {context.run.export(name)}")
+
+
+def _command() -> str:
+    return " ".join(["qatapult", *sys.argv[1:]])

@@ -1,0 +1,136 @@
+"""Stage `qat`: train against the full-precision teacher, and optionally the fair control."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors.torch import load_model as load_tensors
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from qatapult.trainer.context import Context
+from qatapult.trainer.distill.teacher import InProcessTeacher, Teacher
+from qatapult.trainer.loop.checkpoint import require_disk_space
+from qatapult.trainer.loop.engine import multiplies_bf16
+from qatapult.trainer.loop.metrics import MetricsLog
+from qatapult.trainer.loop.training import Trainer
+from qatapult.trainer.models import load_model
+from qatapult.trainer.recipe.schema import Distillation
+from qatapult.trainer.stages import ptq
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Train, keep the best weights, and report the curve."""
+    meter = context.meter()
+    model = ptq.load_quantized(context)
+    check_disk(context, model)
+    trainer = Trainer(
+        context.accelerator,
+        context.recipe,
+        model,
+        build_teacher(context),
+        context.data,
+        context.run.checkpoints,
+        metrics_log(context),
+        context.console,
+    )
+    state = trainer.train()
+    trainer.load_best()
+    measured = trainer.evaluate()
+    save_trained(context, trainer)
+    result = {
+        "perplexity": measured.value,
+        "losses": measured.losses,
+        "tasks": {},
+        "steps": state.step,
+        "tokens": state.tokens,
+        "best_step": state.best_step,
+        "best_tokens": next((p["tokens"] for p in state.curve if p["step"] == state.best_step), state.tokens),
+        "curve": state.curve,
+        "stopped_early": state.step < trainer.steps,
+        "skipped_steps": state.skipped_steps,
+        "rollbacks": state.rollbacks,
+        "cost": meter.cost(state.tokens),
+    }
+    context.accelerator.free_memory()
+    del trainer, model
+    result["control"] = run_control(context) if context.recipe.qat.control else None
+    return result
+
+
+def run_control(context: Context) -> dict[str, Any]:
+    """Fine-tune the full-precision model on the same tokens: gains of fine-tuning are not recovery."""
+    meter = context.meter()
+    qat = context.recipe.qat.model_copy(update={"distillation": Distillation(kind="none")})
+    recipe = context.recipe.model_copy(update={"qat": qat})
+    trainer = Trainer(
+        context.accelerator,
+        recipe,
+        context.load_model(),
+        None,
+        context.data,
+        context.run.path / "control" / "checkpoints",
+        MetricsLog(None),
+        context.console,
+    )
+    state = trainer.train()
+    trainer.load_best()
+    measured = trainer.evaluate()
+    context.accelerator.free_memory()
+    return {"perplexity": measured.value, "losses": measured.losses, "cost": meter.cost(state.tokens)}
+
+
+def build_teacher(context: Context) -> Teacher | None:
+    """The teacher that the recipe asks for, in bf16 where the hardware multiplies it."""
+    distillation = context.recipe.qat.distillation
+    if distillation.kind == "none":
+        return None
+    source = context.recipe.model
+    if distillation.teacher is not None:
+        source = source.model_copy(update={"source": distillation.teacher})
+    dtype = torch.bfloat16 if multiplies_bf16(context.device) else torch.float32
+    return InProcessTeacher(load_model(source, dtype).to(context.device))
+
+
+def metrics_log(context: Context) -> MetricsLog:
+    """The run's metrics, with what recovery is measured against."""
+    baseline = context.run.read_stage("baseline")["perplexity"]
+    rtn = context.run.read_stage("ptq")["methods"]["rtn"]["perplexity"]
+    run = context.run if context.accelerator.is_main_process else None
+    return MetricsLog(run, context.tracking, baseline, rtn)
+
+
+def save_trained(context: Context, trainer: Trainer) -> None:
+    """Write the trained model's tensors, gathered from all processes, under their own names."""
+    state = context.accelerator.get_state_dict(trainer.student)
+    if context.accelerator.is_main_process:
+        path = context.run.artifact("qat") / "model.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        building = path.with_suffix(".building")
+        tied = set(getattr(trainer.model, "_tied_weights_keys", None) or ())
+        tensors = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        kept = {n: t.contiguous() for n, t in tensors.items() if not (n in tied and ties(trainer.model))}
+        save_file(kept, str(building))
+        building.replace(path)
+    context.accelerator.wait_for_everyone()
+
+
+def ties(model: PreTrainedModel) -> bool:
+    return bool(model.config.tie_word_embeddings)
+
+
+def load_trained(context: Context) -> PreTrainedModel:
+    """The prepared model after training."""
+    model = context.load_prepared()
+    load_tensors(
+        model, str(context.run.artifact("qat") / "model.safetensors"), strict=not ties(model), device=str(context.device)
+    )
+    return model.eval()
+
+
+def check_disk(context: Context, model: PreTrainedModel) -> None:
+    """Refuse to start without room for the checkpoints: weights, and two Adam moments of what trains."""
+    total = sum(parameter.numel() * 4 for parameter in model.parameters())
+    copies = context.recipe.qat.checkpoints.keep + 2
+    require_disk_space(context.run.path, 3 * total * copies)
