@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..scheme import Scheme
+from qatapult.kernels.scheme import Scheme
+
+#: A Triton program holds a whole token; longer ones do not fit its registers.
+MAX_FEATURES = 32768
 
 
 def quantize_tokens(

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..scheme import Scheme
-from .activations import is_plain, quantize_tokens
+from qatapult.kernels.common.backend import backend_for
+from qatapult.kernels.scheme import Scheme
+
+from .activations import MAX_FEATURES, is_plain, quantize_tokens
 from .cpu import int_matmul_cpu, integer_linear_cpu
 from .reference import quantize_activations_reference
 from .weights import Layout, PreparedWeight, check_schemes, prepare_weight
@@ -71,6 +73,10 @@ def quantize_activations(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("qatapult::quantize_activations", mutates_args=())
 def _quantize_activations(x: Tensor, qmin: int, qmax: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if backend_for(x) == "triton" and x.shape[-1] <= MAX_FEATURES:
+        from .triton_activations import quantize_tokens_triton
+
+        return quantize_tokens_triton(x, (qmax - qmin) / 2, qmin, qmax, scale_dtype)
     return quantize_tokens(x, (qmax - qmin) / 2, qmin, qmax, scale_dtype)
 
 
@@ -157,6 +163,7 @@ def multiply_prepared(
         weight.layout,
         weight.scheme.storage_bits,
         weight.slice_width or weight.exact_span,
+        weight.scheme.level_offset != 0,
         dtype,
     )
     return product.reshape(*x.shape[:-1], weight.out_features)
@@ -173,12 +180,15 @@ def _packed_product(
     layout: str,
     bits: int,
     width: int,
+    half: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     if layout == "tiles":
-        from .cuda import packed_product_cuda
+        from .cuda import packed_product_triton
+        from .tiles import TileLayout
 
-        return packed_product_cuda(codes, token_scale, operand, scale, shift, bias, bits, width, dtype)
+        tiles = TileLayout(bits, width)
+        return packed_product_triton(codes, token_scale, operand, scale, shift, bias, tiles, half, dtype)
     if token_scale is None:
         product = linear(codes.to(operand.dtype), operand)
     else:
@@ -199,6 +209,7 @@ def _(
     layout: str,
     bits: int,
     width: int,
+    half: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     return codes.new_empty((codes.shape[0], scale.shape[0]), dtype=dtype)

@@ -8,12 +8,16 @@ a stretched grid, with half the scale), so that the product needs no correction 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..scheme import Scheme
+from qatapult.kernels.common.backend import backend_for
+from qatapult.kernels.packing import unpack
+from qatapult.kernels.scheme import Scheme
+
+from .tiles import TileLayout, slice_width_of, to_tiles
 
 #: `int8`: codes for an integer GEMM, [groups, N, group]. `codes`: the same codes as floats, [N, K], whose products
 #: are exact. `values`: dequantized, [N, K]. `tiles`: packed bytes in the Triton kernels' order (`tiles.py`).
@@ -65,17 +69,28 @@ class PreparedWeight:
         return replace(self, operand=self.operand.to(device), scale=self.scale.to(device), shift=shift)
 
 
+@overload
+def by_row(values: Tensor, scheme: Scheme, rows: int) -> Tensor: ...
+@overload
+def by_row(values: None, scheme: Scheme, rows: int) -> None: ...
+def by_row(values: Tensor | None, scheme: Scheme, rows: int) -> Tensor | None:
+    """Scales or zero points as fp32 [N, G] whatever the granularity, in memory by group: strides (1, N)."""
+    if values is None:
+        return None
+    table = (
+        values.detach().float().reshape(1 if scheme.granularity == "tensor" else rows, -1).expand(rows, -1)
+    )
+    return table.t().contiguous().t()
+
+
 def scale_and_shift(
     scale: Tensor, zero_point: Tensor | None, scheme: Scheme, rows: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Scales and shifts as [N, G] in fp32, whatever the granularity."""
-    scale = scale.float().reshape(1 if scheme.granularity == "tensor" else rows, -1).expand(rows, -1)
-    if zero_point is not None:
-        shift = zero_point.float().reshape(1 if scheme.granularity == "tensor" else rows, -1).expand(rows, -1)
-        return scale.contiguous(), (shift - scheme.level_offset).contiguous()
-    if scheme.level_offset:
-        return scale.contiguous(), torch.full_like(scale, -scheme.level_offset)
-    return scale.contiguous(), None
+    """Scales and shifts (zero points less the level offset) as `by_row`."""
+    scale, zero = by_row(scale, scheme, rows), by_row(zero_point, scheme, rows)
+    if zero is None and scheme.level_offset:
+        return scale, torch.full_like(scale, -scheme.level_offset)
+    return scale, None if zero is None else zero - scheme.level_offset
 
 
 def fold_shift(
@@ -128,10 +143,15 @@ def prepare_codes(
     scheme: Scheme,
     activation_scheme: Scheme | None,
 ) -> PreparedWeight:
-    """Lay out unpacked codes for the CPU; see `prepare_weight`."""
+    """Lay out codes, int8 [N, K]; see `prepare_weight`."""
     rows, features = codes.shape
+    width = slice_width_of(scheme)
+    if backend_for(codes) == "triton" and width:
+        tiles = to_tiles(codes, TileLayout(scheme.storage_bits, width))
+        scale, zero = by_row(scale, scheme, rows), by_row(zero_point, scheme, rows)
+        return PreparedWeight(tiles, scale, zero, scheme, "tiles", features, slice_width=width)
     scale, shift = scale_and_shift(scale, zero_point, scheme, rows)
-    if activation_scheme is not None and torch.cpu._is_vnni_supported():
+    if activation_scheme is not None and codes.device.type == "cpu" and torch.cpu._is_vnni_supported():
         wide, scale, shift = fold_shift(codes, scale, shift, limit=127)
         groups = wide.to(torch.int8).unflatten(1, (scale.shape[1], -1)).transpose(0, 1).contiguous()
         return PreparedWeight(groups, scale, shift, scheme, "int8", features)
@@ -172,8 +192,6 @@ def prepare_weight(
     Raises:
         ValueError: if shapes, schemes and zero point do not go together.
     """
-    from ..packing import unpack
-
     check_schemes(scheme, activation_scheme)
     if (zero_point is None) != scheme.symmetric:
         raise ValueError(f"zero_point goes with symmetric=False only; the scheme is {scheme.describe()}")
@@ -181,11 +199,7 @@ def prepare_weight(
     expected = scheme.scale_shape(tuple(codes.shape))
     if tuple(scale.shape) != expected:
         raise ValueError(f"scale has shape {tuple(scale.shape)}; {scheme.describe()} needs {expected}")
-    if codes.device.type == "cpu":
-        return prepare_codes(codes, scale, zero_point, scheme, activation_scheme)
-    from .tiles import prepare_tiles
-
-    return prepare_tiles(codes, scale, zero_point, scheme)
+    return prepare_codes(codes, scale, zero_point, scheme, activation_scheme)
 
 
 def check_schemes(weight_scheme: Scheme, activation_scheme: Scheme | None) -> None:

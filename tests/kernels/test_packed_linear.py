@@ -139,5 +139,5 @@ def test_the_operator_passes_opcheck() -> None:
     arguments = (codes, torch.rand(3, 1), weight.operand, weight.scale, None, torch.rand(8))
     width = weight.exact_span
     torch.library.opcheck(
-        torch.ops.qatapult.packed_product, (*arguments, weight.layout, 4, width, torch.bfloat16)
+        torch.ops.qatapult.packed_product, (*arguments, weight.layout, 4, width, False, torch.bfloat16)
     )

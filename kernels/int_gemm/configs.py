@@ -1,0 +1,155 @@
+"""Which block sizes a product runs with: measured tables, and a rule where nothing was measured.
+
+A table is a JSON file of rows, one per measured shape (`tables/sm_90.json`); `benchmarks/inference/gemm.py --sweep`
+writes it. The choice is a function of the shape and the table alone, so that all ranks of a job and all runs choose alike;
+nothing is timed behind the caller's back. `pin_table` puts another file in place.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+#: Upper ends of the ranges of M that share a configuration; beyond the last, all do.
+BUCKETS = (16, 32, 64, 128, 256, 1024, 4096)
+#: Streaming multiprocessors: A100, H100 and H200. A constant, because the choice must not depend on the machine.
+PROCESSORS = {80: 108, 90: 132}
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """A program's block and how programs share the work.
+
+    Attributes:
+        block_n: output channels of a program.
+        block_m: tokens of a program.
+        split: programs that share K.
+        warps: warps of a program.
+        stages: depth of the software pipeline.
+        raster: blocks of channels worked on together, for the second-level cache.
+    """
+
+    block_n: int
+    block_m: int
+    split: int = 1
+    warps: int = 4
+    stages: int = 4
+    raster: int = 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a configuration is chosen for; `group` is 0 for scales per channel, `activation_bits` 8 or 16."""
+
+    m: int
+    n: int
+    k: int
+    bits: int
+    group: int
+    activation_bits: int
+
+    @property
+    def bucket(self) -> int:
+        """The range of M that this one falls into."""
+        return next((bucket for bucket in BUCKETS if self.m <= bucket), BUCKETS[-1])
+
+
+_pinned: list[Path] = []
+
+
+def pin_table(path: str | Path | None) -> None:
+    """Use the table in this file for all products from now on; None goes back to the shipped ones.
+
+    Raises:
+        ValueError: if the file holds no such table.
+    """
+    _pinned.clear()
+    if path is not None:
+        _read(Path(path))
+        _pinned.append(Path(path))
+
+
+def choose_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
+    """The measured configuration of the nearest shape of the same kind, else `default_config`.
+
+    Args:
+        problem: the product.
+        capability: compute capability of the device: 80, 90.
+        unit: codes along K that are loaded together; K is split between units.
+    """
+    path = _pinned[0] if _pinned else Path(__file__).parent / "tables" / f"sm_{capability}.json"
+    rows = [
+        (abs(math.log(shape.n / problem.n)) + abs(math.log(shape.k / problem.k)), config)
+        for shape, config in _read(path)
+        if (shape.bits, bool(shape.group), shape.activation_bits, shape.bucket)
+        == (problem.bits, bool(problem.group), problem.activation_bits, problem.bucket)
+    ]
+    if not rows:
+        return default_config(problem, capability, unit)
+    config = min(rows, key=lambda row: row[0])[1]
+    return GemmConfig(**asdict(config) | {"split": max(1, min(config.split, problem.k // unit))})
+
+
+def default_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
+    """A rule for shapes that no table covers: enough programs to fill the processors about four times at decode."""
+    if problem.bucket >= 256:
+        return GemmConfig(128, 128, 1, warps=8, stages=3)
+    block_m = max(16, min(problem.bucket, 128))
+    block_n = 128 if problem.n >= 8192 or block_m >= 64 else 64
+    warps = 8 if block_n * block_m >= 128 * 128 else 4
+    blocks = math.ceil(problem.n / block_n) * math.ceil(problem.m / block_m)
+    wanted = PROCESSORS.get(capability, 108) * (4 if block_m <= 32 else 2) / blocks
+    limit = max(1, problem.k // unit // 2)
+    split = 2 ** max(0, min(4, round(math.log2(max(1.0, min(wanted, limit))))))
+    return GemmConfig(block_n, block_m, split, warps=warps, stages=4)
+
+
+def candidates(problem: Problem, unit: int) -> list[GemmConfig]:
+    """Configurations worth measuring for a product: the sweep's list, pruned by shape."""
+    splits = [s for s in (1, 2, 4, 8, 16) if s <= max(1, problem.k // unit // 2)]
+    if problem.bucket <= 32:
+        shapes = [(64, problem.bucket, 4), (128, problem.bucket, 4)]
+        return [
+            GemmConfig(n, m, split, warps=warps, stages=stages)
+            for n, m, warps in shapes
+            for split in splits
+            for stages in (3, 5)
+            if problem.n // n * split >= 32
+        ]
+    if problem.bucket <= 128:
+        shapes = [(64, 64, 4), (128, 64, 4), (128, problem.bucket, 8)]
+        few = [s for s in splits if s <= 8]
+        return [GemmConfig(n, m, split, warps=warps, stages=4) for n, m, warps in shapes for split in few]
+    shapes = [(64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8)]
+    few = [s for s in splits if s <= (4 if problem.bucket == 256 else 1)]
+    return [
+        GemmConfig(n, m, split, warps=warps, stages=stages)
+        for n, m, warps in shapes
+        for split in few
+        for stages in (3, 4)
+    ]
+
+
+def write_table(path: Path, rows: list[tuple[Problem, GemmConfig]]) -> None:
+    """Store a table, one row a line."""
+    lines = [json.dumps({"problem": asdict(problem), "config": asdict(config)}) for problem, config in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    _read.cache_clear()
+
+
+@cache
+def _read(path: Path) -> list[tuple[Problem, GemmConfig]]:
+    if not path.exists():
+        if path in _pinned or path.parent.name != "tables":
+            raise ValueError(f"{path}: no such table of configurations")
+        return []
+    try:
+        return [
+            (Problem(**row["problem"]), GemmConfig(**row["config"])) for row in json.loads(path.read_text())
+        ]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no table of configurations: {error}") from error

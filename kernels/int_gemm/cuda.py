@@ -1,0 +1,126 @@
+"""Launches of the Triton kernels, and the vendor's integer GEMM for plain codes."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .configs import GemmConfig, Problem, choose_config
+from .tiles import TileLayout
+from .triton_kernel import packed_gemm
+
+#: Programs that arrive at a block of the output are counted here; one buffer a device and stream, zero between launches.
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def int_matmul_cuda(a: Tensor, b: Tensor) -> Tensor:
+    """`a · bᵀ` in int32 by cuBLAS, whose shape limits (M > 16, K and N multiples of 8) are padded away."""
+    rows, columns = a.shape[0], b.shape[0]
+    if not a.numel() or not b.numel():
+        return a.new_zeros((rows, columns), dtype=torch.int32)
+    features = -a.shape[1] % 16
+    a = pad(a, (0, features, 0, max(0, 17 - rows)))
+    b = pad(b, (0, features, 0, -columns % 16))
+    return torch._int_mm(a.contiguous(), b.contiguous().t())[:rows, :columns].contiguous()
+
+
+def packed_product_triton(
+    x: Tensor,
+    token_scale: Tensor | None,
+    tiles: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    layout: TileLayout,
+    half: bool,
+    dtype: torch.dtype,
+    config: GemmConfig | None = None,
+) -> Tensor:
+    """`x · Wᵀ` with scales and bias, [M, N].
+
+    Args:
+        x: int8 codes, or fp16 / bf16 activations: [M, K].
+        token_scale: fp32 [M, 1] beside codes, None beside activations.
+        tiles: of `to_tiles`.
+        scale: fp32 [N, G].
+        shift: zero points, fp32 [N, G], or None.
+        bias: [N] or None.
+        layout: of the tiles.
+        half: codes stand for code + 1/2 (a stretched grid).
+        dtype: of the result; int32 gives the bare sums (per-channel scales only).
+        config: chosen by the tables if None.
+    """
+    (m, k), (n, groups) = x.shape, scale.shape
+    y = torch.empty((m, n), dtype=dtype, device=x.device)
+    if not y.numel():
+        return y
+    group = 0 if groups == 1 else k // groups
+    span = layout.span(group)
+    units = tiles.shape[0]
+    if config is None:
+        problem = Problem(m, n, k, layout.bits, group, 16 if token_scale is None else 8)
+        config = choose_config(problem, _capability(x.device), layout.unit)
+    integer = token_scale is not None or x.dtype == torch.int8
+    row_sum = None
+    if shift is not None and integer:
+        stretch = span * layout.slice_width if group else k
+        row_sum = x.unflatten(1, (-1, stretch)).sum(-1, dtype=torch.int32).t().contiguous()
+    blocks = triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m)
+    partial = counter = None
+    if config.split > 1:
+        size = blocks * config.split * config.block_m * config.block_n
+        partial_dtype = torch.int32 if integer and not group else torch.float32
+        partial = torch.empty(size, dtype=partial_dtype, device=x.device)
+        counter = _counter(x.device, blocks)
+    packed_gemm[(blocks, config.split)](
+        x.contiguous(),
+        tiles.view(torch.int8),
+        y,
+        token_scale,
+        scale.t().contiguous(),
+        None if shift is None else shift.t().contiguous(),
+        row_sum,
+        bias,
+        partial,
+        counter,
+        m,
+        n,
+        k,
+        tiles.shape[2],
+        units,
+        BITS=layout.bits,
+        WIDTH=layout.slice_width,
+        GROUP=group,
+        HALF=int(half),
+        INTEGER=integer,
+        HAS_SHIFT=shift is not None,
+        HAS_BIAS=bias is not None,
+        RAW=dtype == torch.int32,
+        EVEN_K=k % layout.unit == 0,
+        SPAN=span,
+        BLOCK_N=config.block_n,
+        BLOCK_M=config.block_m,
+        SPLIT=config.split,
+        RASTER=config.raster,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return y
+
+
+def _counter(device: torch.device, blocks: int) -> Tensor:
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    held = _counters.get((device, stream))
+    if held is None or held.numel() < blocks:
+        held = torch.zeros(max(blocks, 1 << 16), dtype=torch.int32, device=device)
+        _counters[device, stream] = held
+    return held
+
+
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
