@@ -18,35 +18,9 @@ from __future__ import annotations
 
 import torch
 
+from .blocks import as_blocks, as_columns, check_scale
+from .fake_quant.op import quantize_codes
 from .scheme import Scheme
-
-
-def as_blocks(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """`x` as `[scale.numel(), elements per scale]`: a view where `x` is contiguous."""
-    return x.reshape(scale.numel(), -1) if x.numel() else x.reshape(scale.numel(), 0)
-
-
-def check_scale(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme
-) -> None:
-    """Refuse scales and zero points that do not belong to a tensor of the shape of `x` under `scheme`.
-
-    Raises:
-        ValueError: naming the shape that would be right.
-    """
-    expected = scheme.scale_shape(tuple(x.shape)) if x.ndim else (1,)
-    scalar = scheme.granularity == "tensor" and scale.numel() == 1
-    if tuple(scale.shape) != expected and not scalar:
-        raise ValueError(
-            f"scale of shape {tuple(scale.shape)} does not go with a tensor of shape {tuple(x.shape)} on "
-            f"{scheme.describe()}: its shape would be {expected}"
-        )
-    if zero_point is not None and zero_point.shape != scale.shape:
-        raise ValueError(
-            f"zero_point of shape {tuple(zero_point.shape)} must have the scale's shape {tuple(scale.shape)}"
-        )
-    if zero_point is not None and scheme.symmetric:
-        raise ValueError(f"zero_point given for the symmetric {scheme.describe()}; set symmetric=False")
 
 
 def quantize(
@@ -67,11 +41,7 @@ def quantize(
         ValueError: if the scale's shape does not fit.
     """
     check_scale(x, scale, zero_point, scheme)
-    quotient = as_blocks(x.detach(), scale).float() / scale.detach().float().reshape(-1, 1)
-    zero = _zero(scale, zero_point)
-    # nan_to_num would also replace infinities, by numbers that are clamped all the same.
-    level = (quotient.nan_to_num(nan=0.0) - scheme.level_offset).clamp(scheme.qmin - zero, scheme.qmax - zero)
-    return (level.round() + zero).to(torch.int8).reshape(x.shape)
+    return quantize_codes(x, scale, zero_point, scheme)
 
 
 def dequantize(
@@ -94,13 +64,6 @@ def dequantize(
         ValueError: if the scale's shape does not fit.
     """
     check_scale(codes, scale, zero_point, scheme)
-    level = as_blocks(codes, scale).float() - _zero(scale, zero_point)
-    values = (level + scheme.level_offset) * scale.detach().float().reshape(-1, 1)
+    step, zero = as_columns(scale.detach(), None if zero_point is None else zero_point.detach())
+    values = (as_blocks(codes, scale).float() - zero + scheme.level_offset) * step
     return values.to(dtype).reshape(codes.shape)
-
-
-def _zero(scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
-    """Zero points as `[blocks, 1]` integers in fp32: a learned one is a real number that is rounded in use."""
-    if zero_point is None:
-        return torch.zeros(scale.numel(), 1, device=scale.device)
-    return zero_point.detach().float().reshape(-1, 1).round()

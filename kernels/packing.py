@@ -1,8 +1,9 @@
 """Dense storage of codes: the last dimension is packed into bytes.
 
 Codes are stored unsigned (`code − qmin`), lowest bits first. With `b = scheme.storage_bits`, each byte holds
-`8 / b` neighbouring codes; 3 bits do not divide a byte, so eight codes take three bytes (little-endian 24 bits).
-A row whose length is not a multiple of that is padded with the lowest code; `unpack` cuts the padding off.
+`8 / b` neighbouring codes; 3 bits do not divide a byte, so eight codes take three bytes (little-endian 24
+bits). A row whose length is not a multiple of that is padded with the lowest code; `unpack` cuts the padding
+off.
 """
 
 from __future__ import annotations

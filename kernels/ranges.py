@@ -1,15 +1,26 @@
 """Scales and zero points for a given tensor.
 
-| `range_method` | symmetric                                                       | asymmetric             |
-|----------------|-----------------------------------------------------------------|------------------------|
-| `minmax`       | `max|x| / ((levels − 1) / 2)`, stretched: `max|x| / (levels / 2)` | `(max − min) / (levels − 1)`, 0 inside |
-| `percentile`   | the same with that quantile of `|x|`                            | both tails cut alike   |
-| `mse`          | the `minmax` range shrunk by the factor with the least squared error | likewise          |
-| `absmean`      | `mean|x|` over the top level (ternary: BitNet b1.58, arXiv:2402.17764; binary: ±mean|x|), above 2 levels a side `2 mean|x| / √qmax` (LSQ, arXiv:1902.08153, section 2.1) | refused |
+A range `[low, high]`, which always holds zero, is found in each block of the tensor by `scheme.range_method`:
 
-Scales are rounded to `scheme.scale_dtype` and returned as fp32. A block whose scale would be zero (all its values
-are zero, or so small that the scale underflows) gets the scale 1, so that its codes are zero and nothing is
-divided by zero. A NaN counts as zero and ±inf as the largest finite fp32 number.
+* `minmax`: all of the block. On a symmetric grid `high = max|x|`, `low = −high`.
+* `percentile`: the same without the largest magnitudes (asymmetric: without both tails, half the share each).
+* `mse`: the min-max range times the factor, among `MSE_FACTORS`, with the least squared error.
+* `absmean`: `high = mean|x|`; symmetric grids only.
+
+From it follows the scale, with `L` the number of levels and `t` the top level:
+
+* symmetric: `high / ((L − 1) / 2)`, so that the levels reach from −high to high (compressed-tensors' rule:
+absmax
+  over 7.5 at 4 bits, over 127.5 at 8); on the stretched grid `high / (L / 2)`, whose *cells* do (SEQ of
+  ParetoQ, arXiv:2502.02631, starts from it);
+* symmetric with `absmean`: `high / t` for ternary (BitNet b1.58, arXiv:2402.17764) and binary (±mean|x|),
+else
+  `2 · high / √t` (LSQ's start, arXiv:1902.08153, section 2.1);
+* asymmetric: `(high − low) / (L − 1)` with the zero point `clamp(round(qmin − low / scale), qmin, qmax)`.
+
+Scales are rounded to `scheme.scale_dtype` and returned as fp32. A block whose scale would be zero (all its
+values are zero, or so small that the scale underflows) gets the scale 1, so that its codes are zero and
+nothing is divided by zero. A NaN counts as zero and ±inf as the largest finite fp32 number.
 """
 
 from __future__ import annotations
@@ -18,6 +29,7 @@ import math
 
 import torch
 
+from .fake_quant.spec import Grid, RangeRule
 from .grid import dequantize, quantize
 from .scheme import Scheme
 
@@ -33,7 +45,7 @@ def choose_range(x: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.T
 
     Args:
         x: fp32, bf16 or fp16, any shape.
-        scheme: the grid and the method; see the table above.
+        scheme: the grid and the method; see the top of this module.
 
     Returns:
         `(scale, zero_point)`, both fp32 of `scheme.scale_shape(x.shape)`; the zero point holds integers in
@@ -43,16 +55,17 @@ def choose_range(x: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.T
     blocks = x.detach().reshape(math.prod(shape), -1)
     if scheme.range_method == "mse":
         step = max(1, MSE_CHUNK // max(1, blocks.shape[1]))
-        parts = [_search(_finite(part), scheme) for part in blocks.split(step)]
+        parts = [_search(finite(part), scheme) for part in blocks.split(step)]
         low, high = (torch.cat(bounds) for bounds in zip(*parts, strict=True))
     else:
-        low, high = _bounds(_finite(blocks), scheme)
-    scale, zero_point = _grid_of(low, high, scheme)
+        low, high = _bounds(finite(blocks), scheme)
+    scale, zero_point = scale_of_range(low, high, Grid.of(scheme), RangeRule.of(scheme))
     return scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
 
 
 def scale_from_clip(clip: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Scale that puts the top level at `clip`: PACT's learned clipping value (arXiv:1805.06085), differentiable.
+    """Scale that puts the top level at `clip`: PACT's learned clipping value (arXiv:1805.06085),
+    differentiable.
 
     Args:
         clip: positive, of the scale's shape.
@@ -61,7 +74,8 @@ def scale_from_clip(clip: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return clip / (scheme.qmax + scheme.level_offset)
 
 
-def _finite(blocks: torch.Tensor) -> torch.Tensor:
+def finite(blocks: torch.Tensor) -> torch.Tensor:
+    """In fp32, NaN as zero and ±inf as the largest finite number."""
     return blocks.float().nan_to_num(nan=0.0)
 
 
@@ -75,9 +89,15 @@ def _bounds(blocks: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.T
         return -mean, mean
     if scheme.range_method == "percentile":
         return _percentile(blocks, scheme)
+    return minmax_of(blocks, scheme.symmetric)
+
+
+def minmax_of(blocks: torch.Tensor, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lowest and highest value of each row, zero included; on a symmetric grid the largest magnitude both
+    ways."""
     low, high = blocks.aminmax(dim=1)
     low, high = low.clamp(max=0), high.clamp(min=0)
-    if scheme.symmetric:
+    if symmetric:
         high = torch.maximum(-low, high)
         low = -high
     return low, high
@@ -98,10 +118,11 @@ def _percentile(blocks: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, tor
 def _search(blocks: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor]:
     """The shrunk min-max range of each block with the least squared error."""
     low, high = _bounds(blocks, scheme)
+    grid, rule = Grid.of(scheme), RangeRule.of(scheme)
     best_error = torch.full_like(low, math.inf)
     best = torch.ones_like(low)
     for factor in MSE_FACTORS:
-        scale, zero_point = _grid_of(low * factor, high * factor, scheme)
+        scale, zero_point = scale_of_range(low * factor, high * factor, grid, rule)
         error = _squared_error(blocks, scale, zero_point, scheme)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
@@ -119,27 +140,20 @@ def _squared_error(
     return (values - blocks).square().sum(1)
 
 
-def _grid_of(
-    low: torch.Tensor, high: torch.Tensor, scheme: Scheme
+def scale_of_range(
+    low: torch.Tensor, high: torch.Tensor, grid: Grid, rule: RangeRule
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale and zero point that lay the grid over `[low, high]`."""
-    if not scheme.symmetric:
-        scale = _stored((high - low) / (scheme.levels - 1), scheme)
-        zero_point = (scheme.qmin - low / scale).round().clamp(scheme.qmin, scheme.qmax)
-        return scale, zero_point
-    return _stored(high / _steps(scheme), scheme), None
+    """Scale and zero point that lay the grid over `[low, high]`, which holds zero; all of one shape, fp32."""
+    # A tensor as divisor: on CUDA, a Python number would be multiplied with as a rounded reciprocal.
+    steps = torch.full_like(high, rule.steps)
+    if rule.symmetric:
+        return _stored(high / steps, rule), None
+    scale = _stored((high - low) / steps, rule)
+    return scale, (grid.qmin - low / scale).round().clamp(grid.qmin, grid.qmax)
 
 
-def _steps(scheme: Scheme) -> float:
-    """How many scales the range's end lies away from zero on a symmetric grid."""
-    if scheme.range_method == "absmean":
-        top = scheme.qmax + scheme.level_offset
-        return top if scheme.levels <= 3 else math.sqrt(top) / 2
-    return scheme.levels / 2 if scheme.grid == "stretched" else (scheme.levels - 1) / 2
-
-
-def _stored(scale: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+def _stored(scale: torch.Tensor, rule: RangeRule) -> torch.Tensor:
     """The scale as the deployment holds it: rounded to its dtype, finite, and never zero."""
-    dtype: torch.dtype = getattr(torch, scheme.scale_dtype)
+    dtype: torch.dtype = getattr(torch, rule.scale_dtype)
     scale = scale.clamp(max=torch.finfo(dtype).max).to(dtype).float()
     return torch.where(scale == 0, 1.0, scale)

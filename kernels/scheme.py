@@ -13,7 +13,8 @@ The grid itself, for codes `q` in `[qmin, qmax]`:
 
 * integer, symmetric:   `x ≈ q · scale`, `q = clamp(round(x / scale), qmin, qmax)`
 * integer, asymmetric:  `x ≈ (q − zero_point) · scale`, `q = clamp(round(x / scale) + zero_point, qmin, qmax)`
-* stretched (SEQ, ParetoQ, arXiv:2502.02631, section 3): `x ≈ (q + 1/2) · scale` for even numbers of levels, so
+* stretched (SEQ, ParetoQ, arXiv:2502.02631, section 3): `x ≈ (q + 1/2) · scale` for even numbers of levels,
+so
   that the levels of 2 bits are ±0.5 and ±1.5 scales; `q = clamp(round(x / scale − 1/2), qmin, qmax)`.
   With three levels it coincides with the integer grid. Binary weights (1 bit) always use it: ±scale / 2.
 
@@ -82,6 +83,8 @@ class Scheme:
             raise ValueError(f"bits={self.bits} is symmetric by definition; set symmetric=True")
         if self.grid == "stretched" and (self.bits > 2 or not self.symmetric):
             raise ValueError("grid='stretched' needs bits of 2, 1.58 or 1 and symmetric=True")
+        if self.range_method == "absmean" and not self.symmetric:
+            raise ValueError("range_method='absmean' needs symmetric=True")
         if self.bits == 1 and self.grid != "stretched":
             raise ValueError("bits=1 has the two levels ±scale/2; set grid='stretched'")
 

@@ -1,17 +1,18 @@
-"""The registered operators `qatapult::fake_quantize` and its backward, and the public functions in front of them."""
+"""The registered operators of fake-quantization with given scales, and the public function in front of
+them."""
 
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any, get_args
 
 import torch
-
+from qatapult.kernels.blocks import check_scale
 from qatapult.kernels.common.backend import backend_for
-from qatapult.kernels.grid import check_scale
-from qatapult.kernels.ranges import choose_range
 from qatapult.kernels.scheme import Scheme
-from . import reference
+
+from . import cpu, reference
 from .spec import Gradient, Grid
 
 
@@ -26,26 +27,31 @@ def fake_quantize(
     """`dequantize(quantize(x))` with gradients, in one pass forward and one backward.
 
     With `v = x / scale`, `z` the zero point rounded to an integer, `o` the level offset of the grid and
-    `l = round(clamp(v − o, qmin − z, qmax − z)) + o`, the result is `l · scale` in the dtype of `x`. An element is
-    *inside* while `qmin − z ≤ v ≤ qmax − z` (on a stretched grid: while it lies in the cell of a level,
-    `qmin ≤ v ≤ qmax + 1`). For the incoming gradient `g`:
+    `l = round(clamp(v − o, qmin − z, qmax − z)) + o`, the result is `l · scale` in the dtype of `x`. An
+    element is *inside* while `qmin − z ≤ v ≤ qmax − z` (on an even stretched grid, whose levels lie in the
+    middle of their cells: `qmin ≤ v ≤ qmax + 1`). For the incoming gradient `g`:
 
-    | gradient of | `gradient="lsq"`                                      | `"pact"`                 | `"ste"`     |
-    |-------------|-------------------------------------------------------|--------------------------|-------------|
-    | `x`         | `g` inside, 0 outside                                 | the same                 | the same    |
-    | scale       | `f · Σ g · (l − v inside, l outside)`; binary `f · Σ g · l` | `Σ g · (0 inside, l outside)` | none |
-    | zero point  | `f · Σ (0 inside, −g · scale outside)`                  | as LSQ with `f = 1`        | none        |
+    | gradient of | `gradient="lsq"`                     | `"pact"`                      | `"ste"`      |
+    |-------------|--------------------------------------|-------------------------------|--------------|
+    | `x`         | `g` inside, 0 outside                | `g` inside, 0 outside         | the same     |
+    | scale       | `f · Σ g · (l − v inside, l outside)` | `Σ g · (0 inside, l outside)` | none         |
+    | zero point  | `f · Σ (0 inside, −g · scale outside)` | `Σ (0 inside, −g · scale outside)` | none  |
 
-    with `f = 1 / √(elements per scale · top level)`. Sources: LSQ (arXiv:1902.08153, section 2), learned zero points
-    as in LSQ+ (arXiv:2004.09576, equation 5, written for the integer zero point that is deployed instead of a real
-    offset), PACT (arXiv:1805.06085; `scale_from_clip` makes the scale), stretched grid (SEQ, arXiv:2502.02631).
+    with `f = 1 / √(elements per scale · top level)`. On the binary grid, whose values are ±scale / 2 whatever
+    the magnitude of `x`, LSQ's gradient of the scale is `f · Σ g · l`.
 
-    Only `x`, the scale and the zero point are saved for backward; everything else is recomputed. Sums over a block
-    have a fixed order. A NaN stays a NaN, so that a diverged run is seen; ±inf go to the ends of the grid.
+    Sources: LSQ (arXiv:1902.08153, section 2); learned zero points as in LSQ+ (arXiv:2004.09576, section 3.1,
+    written for the integer zero point that is deployed instead of a real offset); PACT (arXiv:1805.06085,
+    `scale_from_clip` makes the scale of a learned clipping value); the stretched grid is SEQ of ParetoQ
+    (arXiv:2502.02631, section 3.2).
+
+    Only `x`, the scale and the zero point are saved for backward; everything else is recomputed. Sums over a
+    block have a fixed order. A NaN stays a NaN, so that a diverged run is seen; ±inf go to the ends of the
+    grid.
 
     Args:
         x: fp32, bf16 or fp16, any shape.
-        scale: `scheme.scale_shape(x.shape)`, positive; fp32 arithmetic whatever its dtype.
+        scale: `scheme.scale_shape(x.shape)`, not zero; the arithmetic is fp32 whatever its dtype.
         zero_point: as `scale`; None on a symmetric grid.
         scheme: the grid.
         gradient: the rule for the gradients, see above.
@@ -68,22 +74,40 @@ def fake_quantize(
     return _fake_quantize(x, scale, zero_point, *grid, gradient, factor)
 
 
-def fake_quantize_dynamic(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Fake-quantize with the range of the tensor at hand: activations quantized token by token.
+def quantize_codes(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme
+) -> torch.Tensor:
+    """What `grid.quantize` calls once it has checked the shapes."""
+    zero_point = None if zero_point is None else zero_point.detach()
+    return _quantize(x.detach(), scale.detach(), zero_point, *Grid.of(scheme))
 
-    The same as `fake_quantize(x, *choose_range(x, scheme), scheme=scheme, gradient="ste")`, except that min-max
-    ranges pass every gradient: they hold all of the elements, and the largest may only by the rounding of the scale
-    lie half a step above the top level.
 
-    Args:
-        x: fp32, bf16 or fp16, `[..., K]`.
-        scheme: usually `Scheme(bits=8, granularity="token")`.
+def _implementation(x: torch.Tensor) -> ModuleType | Any:
+    """The module of the backend for this tensor."""
+    backend = backend_for(x)
+    if backend == "triton":
+        from . import triton_kernel
 
-    Returns:
-        A tensor of the shape and dtype of `x`.
-    """
-    scale, zero_point = choose_range(x, scheme)
-    return fake_quantize(x, scale, zero_point, scheme=scheme, gradient="ste")
+        return triton_kernel
+    return cpu if backend == "cpu" and cpu.available(x.dtype) else reference
+
+
+@torch.library.custom_op("qatapult::quantize", mutates_args=())
+def _quantize(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    qmin: int,
+    qmax: int,
+    offset: float,
+) -> torch.Tensor:
+    codes: torch.Tensor = _implementation(x).quantize(x, scale, zero_point, Grid(qmin, qmax, offset))
+    return codes
+
+
+@_quantize.register_fake
+def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(x.shape, dtype=torch.int8)
 
 
 @torch.library.custom_op("qatapult::fake_quantize", mutates_args=())
@@ -97,7 +121,13 @@ def _fake_quantize(
     gradient: str,
     factor: float,
 ) -> torch.Tensor:
-    return _implementation(x).forward(x, scale, zero_point, Grid(qmin, qmax, offset))
+    values: torch.Tensor = _implementation(x).forward(x, scale, zero_point, Grid(qmin, qmax, offset))
+    return values
+
+
+@_fake_quantize.register_fake
+def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("qatapult::fake_quantize_backward", mutates_args=())
@@ -113,24 +143,33 @@ def _fake_quantize_backward(
     factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grid = Grid(qmin, qmax, offset)
-    return _implementation(x).backward(grad, x, scale, zero_point, grid, gradient, factor)
-
-
-@_fake_quantize.register_fake
-def _(x: torch.Tensor, *_: Any) -> torch.Tensor:
-    return x.new_empty(x.shape)
+    grad_x, *sums = _implementation(x).backward(grad, x, scale, zero_point, grid, gradient, factor)
+    # A gradient that does not exist is an empty tensor: operators cannot return None.
+    grad_scale, grad_zero = (_none(x) if part is None else part for part in sums)
+    return grad_x, grad_scale, grad_zero
 
 
 @_fake_quantize_backward.register_fake
 def _(
-    grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, *_: Any
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    qmin: int,
+    qmax: int,
+    offset: float,
+    gradient: str,
+    factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    shape = scale.shape
-    return (
-        x.new_empty(x.shape),
-        x.new_empty(shape, dtype=torch.float32),
-        x.new_empty(shape, dtype=torch.float32),
+    sums = (scale, zero_point) if gradient != "ste" else (None, None)
+    grad_scale, grad_zero = (
+        _none(x) if like is None else x.new_empty(like.shape, dtype=torch.float32) for like in sums
     )
+    return x.new_empty(x.shape), grad_scale, grad_zero
+
+
+def _none(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(0, dtype=torch.float32)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -151,9 +190,3 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 _fake_quantize.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _implementation(x: torch.Tensor) -> Any:
-    """The module with `forward` and `backward` for this tensor."""
-    backend_for(x)
-    return reference
