@@ -2,8 +2,8 @@
 
 `owner.json` in the run folder names the owner and carries a token that grows with every change of hands (a
 fencing token, Kleppmann 2016). The owner renews its lease from a thread; a claim succeeds when the run is
-free: nobody owns it, the owner's process is gone, its lease ran out, or it was an earlier attempt of the same job.
-Writers call `check()` before they write, or write inside `writing()`, which no claim can come in between.
+free: nobody owns it, the owner's process is gone, its lease ran out, or it was an earlier attempt of the same
+job. Writers call `check()` before they write, or write inside `writing()`, which no claim can interrupt.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _try_to_claim(run: RunFolder, attempt: str | None, last_try: bool) -> Owner 
             identity=uuid.uuid4().hex,
             attempt=attempt,
             host=socket.gethostname(),
-            boot=_boot(),
+            boot=boot_id(),
             pid=os.getpid(),
             pid_started=psutil.Process().create_time(),
             claimed=time.time(),
@@ -189,7 +189,7 @@ def _alive(run: RunFolder, ticket: Ticket, attempt: str | None) -> bool:
     if attempt and ticket.attempt and ticket.attempt.rpartition(".")[0] == attempt.rpartition(".")[0]:
         return False  # an earlier attempt of this very job, which Slurm gave up
     if ticket.host == socket.gethostname():
-        if ticket.boot != _boot():
+        if ticket.boot != boot_id():
             return False
         # A cluster job's process may live in a container, with process numbers of its own.
         if not ticket.attempt or ticket.attempt.startswith("local"):
@@ -208,7 +208,8 @@ def _is_another_process(pid: int, started: float) -> bool:
         return False
 
 
-def _boot() -> str:
+def boot_id() -> str:
+    """Names this start of this machine: process numbers mean nothing beyond it."""
     return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
 
 

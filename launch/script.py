@@ -68,7 +68,7 @@ def render(job: Job) -> str:
         keep_trailing_newline=True,
     )
     template = environment.from_string(
-        (files("qatapult.launch") / "templates" / "job.sh.jinja").read_text(encoding="utf-8")
+        (files("qatapult.launch") / "job.sh.jinja").read_text(encoding="utf-8")
     )
     return template.render(
         folder=_comment(job.folder),
