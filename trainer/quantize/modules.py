@@ -72,10 +72,10 @@ class QuantizedWeight(nn.Module):
             self.activation_clip = nn.Parameter(torch.full((1,), float("nan")))
 
     def _register_scales(self, scale: Tensor, zero_point: Tensor | None) -> None:
-        learned = self.scale_source != "recomputed"
-        self.weight_scale = nn.Parameter(scale) if learned else None
-        if not learned:
+        if self.scale_source == "recomputed":
             self.register_buffer("weight_scale", scale)
+        else:
+            self.weight_scale = nn.Parameter(scale)
         if zero_point is None:
             self.weight_zero_point = None
         elif self.scale_source == "learned_with_zero_point":

@@ -43,8 +43,8 @@ def walk_blocks(
     Args:
         model: a causal language model of transformers.
         calibration: token ids `[n, block]`.
-        on_input: called with each linear and its input `[n, block, K]` just before the linear computes; it may
-            change the linear, and what follows sees the change.
+        on_input: called with each linear and its input `[n, block, K]` just before the linear computes; it
+            may change the linear, and what follows sees the change.
         before_block: called with each block and a function that computes the block's output as it is now.
     """
     was_training = model.training

@@ -35,8 +35,8 @@ def quantize(
     """Quantize the linears of all decoder blocks in place, first to last.
 
     Every layer sees the inputs that the quantized layers before it give, quantized activations included. A
-    linear is quantized the moment the calibration text reaches it, so one forward pass through a block does all
-    of it, and layers that share an input (q, k, v; gate, up) share one Hessian.
+    linear is quantized the moment the calibration text reaches it, so one forward pass through a block does
+    all of it, and layers that share an input (q, k, v; gate, up) share one Hessian.
 
     Args:
         model: a prepared model; `weight_scale` (and zero points) of its layers are used as they are.
@@ -44,9 +44,12 @@ def quantize(
         settings: damping and order of the columns.
         quantization: not needed here; every method takes it.
 
-    Afterwards each `weight` holds the compensated value before it was rounded, inside the cell of GPTQ's code:
-    the model's fake-quantized forward is GPTQ's result, and training starts from weights that still know which
-    of their neighbours is nearer.
+    Afterwards each `weight` holds the compensated value before it was rounded, inside the cell of GPTQ's
+    code: the model's fake-quantized forward is GPTQ's result, and training starts from weights that still
+    know which of their neighbours is nearer.
+
+    Raises:
+        ValueError: if activations are not finite, or if a layer's scales are recomputed from its weight.
     """
     shared = _SharedFactor(settings.damping, settings.act_order)
 
@@ -121,7 +124,11 @@ def compensate(layer: QuantLinear, factor: Factor) -> None:
     """Quantize one layer in place with a factor that its inputs gave."""
     scheme = layer.weight_scheme
     assert scheme is not None
-    kept, _ = gptq_weight(layer.weight, factor, scheme, layer.weight_scale, layer.weight_zero_point)
+    if layer.scale_source == "recomputed":
+        raise ValueError(
+            "GPTQ needs scales that stay as they are, and this layer recomputes them from its weight"
+        )
+    kept, _ = gptq_weight(layer.weight, factor, scheme, *layer.grid())
     layer.weight.copy_(kept)
 
 
