@@ -15,6 +15,8 @@ COMMAND_MODULES = (
     "qatapult.trainer.commands.train",
     "qatapult.trainer.commands.recipe",
     "qatapult.trainer.commands.plan",
+    "qatapult.trainer.commands.report",
+    "qatapult.trainer.commands.compare",
     "qatapult.launch.commands",
 )
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TextIO
+from typing import IO, Any, Protocol, TextIO
 
 from qatapult.trainer.report.text import duration, metric_rows, percent
 from rich import box
@@ -22,6 +22,7 @@ from rich.table import Table
 
 #: Seconds between two lines of plain progress: a log of a day stays below 3000 lines.
 PLAIN_INTERVAL = 30.0
+_NO_LIMIT = 1000
 
 
 class Meter(Protocol):
@@ -54,13 +55,8 @@ class Console:
         self.shows_progress = main and not quiet
         self.shows_results = main and not as_json
         self.main = main
-        self._out = RichConsole(
-            file=out or sys.stdout, highlight=False, soft_wrap=_is_plain(out or sys.stdout)
-        )
-        self._err = RichConsole(
-            file=err or sys.stderr, highlight=False, soft_wrap=_is_plain(err or sys.stderr)
-        )
-        self.plain = _is_plain(self._err.file)
+        self._out, self._err = _open(out or sys.stdout), _open(err or sys.stderr)
+        self.plain = is_plain(self._err.file)
 
     def stage(self, name: str, note: str = "") -> None:
         """Announce a stage: `Console.stage("ptq", "gptq, 64 blocks")`."""
@@ -108,20 +104,27 @@ class Console:
         """Print the recovery table of a `report.json`, headline first."""
         if not self.shows_results:
             return
-        plain = _is_plain(self._out.file)
-        header, *rows = metric_rows(report)
-        table = Table(box=box.ASCII2 if plain else box.ROUNDED)
-        for index, title in enumerate(header):
-            table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row, style="bold" if row[0] in ("packed integers", "recovered") else "")
         self._out.print()
         self._out.print(report["headline"], style="bold", markup=False)
-        # A log file has no width: give the table the room that it needs instead of 80 columns.
-        width = sum(max(map(len, column)) + 3 for column in zip(header, *rows, strict=True)) + 1
-        self._out.print(table, width=width if plain else None)
+        self.rows(*metric_rows(report), strong=("packed integers", "recovered"))
         for note in report.get("notes", []):
             self._out.print(f"  {note}", markup=False)
+
+    def rows(self, header: Sequence[str], *rows: Sequence[str], strong: Sequence[str] = ()) -> None:
+        """Print a table; the first column is text, the others are figures.
+
+        Args:
+            header: titles of the columns.
+            rows: their cells.
+            strong: first cells of the rows to print in bold.
+        """
+        plain = is_plain(self._out.file)
+        table = Table(box=box.ASCII2 if plain else box.ROUNDED)
+        for index, title in enumerate(header):
+            table.add_column(title, justify="left" if index == 0 else "right", no_wrap=plain)
+        for row in rows:
+            table.add_row(*row, style="bold" if row[0] in strong else "")
+        self._out.print(table)
 
 
 def describe_figures(figures: Mapping[str, float | str | None]) -> str:
@@ -191,7 +194,12 @@ class _PlainMeter:
         self._printed_at, self._latest = time.monotonic(), None
 
 
-def _is_plain(stream: TextIO | Any) -> bool:
+def _open(stream: TextIO) -> RichConsole:
+    # A log file has no width: lines and tables get the room that they need instead of 80 columns.
+    return RichConsole(file=stream, highlight=False, width=_NO_LIMIT if is_plain(stream) else None)
+
+
+def is_plain(stream: IO[str]) -> bool:
     """Whether to print lines only: no terminal, a batch job, or a terminal that cannot move its cursor."""
     terminal = hasattr(stream, "isatty") and stream.isatty()
     return not terminal or "SLURM_JOB_ID" in os.environ or os.environ.get("TERM") == "dumb"

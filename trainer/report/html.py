@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page about a run, for a lead with two minutes and an engineer with an hour."""
+"""`report.html`: one self-contained page about a run, for two minutes or for an hour."""
 
 from __future__ import annotations
 
@@ -92,6 +92,7 @@ def render(report: Mapping[str, Any], curves: Curves) -> str:
             way=way_back(report["metrics"]["perplexity"]),
             cards=cards(report),
             table=recovery_table(report),
+            devices=devices(report),
             documents=report["metrics"]["perplexity"].get("documents"),
             curve_names=set(drawn),
             points=list(zip(*drawn["eval/perplexity"].values(), strict=True))
@@ -114,7 +115,7 @@ def render(report: Mapping[str, Any], curves: Curves) -> str:
 
 
 def page_curves(report: Mapping[str, Any], curves: Curves) -> dict[str, dict[str, list[float]]]:
-    """Curves for the page, `{name: {"x": tokens, "y": values}}`; the recovery curve is the QAT stage's when it is done."""
+    """Curves for the page, `{name: {"x": tokens, "y": values}}`; recovery as the QAT stage has it."""
     drawn = {name: _points(curve) for name, curve in curves.by_name.items()}
     if report["curve"]:
         drawn["eval/perplexity"] = {
@@ -170,20 +171,22 @@ def way_back(metric: Mapping[str, Any]) -> dict[str, Any] | None:
                     "name": f"PTQ, {method}",
                     "text": number(best),
                     "side": "down",
-                    "end": "",
+                    "end": "middle",
                     "strong": False,
                 }
             )
     bounds = metric.get("recovery_interval") if metric.get("packed") is not None else None
     span = (place(bounds[0]), round(place(bounds[1]) - place(bounds[0]), 2)) if bounds else None
-    alt = f"Of the way from PTQ at perplexity {number(metric['ptq'])} to full precision at {number(metric['full_precision'])}, "
+    ends = (
+        f"PTQ at perplexity {number(metric['ptq'])} to full precision at {number(metric['full_precision'])}"
+    )
     return {
         "fill": place(share),
         "whole": f"{10_000 / max(place(share), 0.5):.0f}%",
         "span": span,
         "marks": marks,
-        "alt": alt
-        + f"training came {percent(share)}, to {number(came_to)}; 95 % interval {interval(bounds)}.",
+        "alt": f"Of the way from {ends}, training came {percent(share)}, to {number(came_to)}; "
+        f"95 % interval {interval(bounds)}.",
     }
 
 
@@ -200,12 +203,11 @@ def cards(report: Mapping[str, Any]) -> list[dict[str, str]]:
     best = metric.get("best_ptq_method")
     if best and best != "rtn":
         note = f"of what {best} lost; {interval(metric['recovery_from_best_ptq_interval'])}"
-        card("Beyond the best PTQ", percent(metric["recovery_from_best_ptq"]), note)
+        card("Beyond PTQ", percent(metric["recovery_from_best_ptq"]), note)
     card("Perplexity", number(metric["packed"]), "packed integers, held-out text")
     card("Size", byte_size(report["bytes"]), "packed, on disk")
     seconds = sum(cost.get("seconds") or 0 for cost in report["cost"].values())
-    devices = sorted({cost["device"] for cost in report["cost"].values() if cost.get("device")})
-    card("Time", duration(seconds) if seconds else ABSENT, ", ".join(devices))
+    card("Time", duration(seconds) if seconds else ABSENT, ", ".join(devices(report)))
     peak = max((cost.get("peak_memory_bytes") or 0 for cost in report["cost"].values()), default=0)
     card("Peak memory", byte_size(peak) if peak else ABSENT)
     kernels = report["kernels"]
@@ -213,6 +215,11 @@ def cards(report: Mapping[str, Any]) -> list[dict[str, str]]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in (kernels.get("by_kind") or {}).items())
         card("Integer linears", f"{kernels.get('integer', 0)} of {kernels['linears']}", kinds)
     return result
+
+
+def devices(report: Mapping[str, Any]) -> list[str]:
+    """What the stages ran on."""
+    return sorted({cost["device"] for cost in report["cost"].values() if cost.get("device")})
 
 
 def recovery_table(report: Mapping[str, Any]) -> list[Any]:

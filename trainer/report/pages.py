@@ -31,7 +31,7 @@ def templates() -> Environment:
 
 @functools.cache
 def compressed_plotly() -> Markup:
-    """Plotly's script, gzipped and in base64: 1.9 MB in each page instead of 4.8 MB; the browser unpacks it."""
+    """Plotly's script, gzipped and in base64: 1.9 MB a page instead of 4.8 MB; the browser unpacks it."""
     from plotly.offline import get_plotlyjs
 
     packed = gzip.compress(get_plotlyjs().encode("utf-8"), compresslevel=9, mtime=0)

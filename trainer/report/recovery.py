@@ -177,7 +177,7 @@ def _score_draws(scores: Sequence[dict[str, Any]], resamples: int, seed: int) ->
 
 
 def _shares(values: np.ndarray) -> np.ndarray:
-    """(PTQ − QAT) / (PTQ − full precision) of each row of losses [rows, 3]; NaN where quantization cost nothing."""
+    """Recovery of each row [full precision, PTQ, QAT] of losses; NaN where quantization cost nothing."""
     cost = values[:, 1] - values[:, 0]
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(cost > 0, (values[:, 1] - values[:, 2]) / cost, np.nan)

@@ -216,9 +216,10 @@ def _notes(metric: Mapping[str, Any], qat: Stage) -> list[str]:
         notes.append(f"The best PTQ is {method} with {number(best)}{came_back}.")
     tuned, full = metric.get("full_precision_tuned"), metric.get("full_precision")
     if tuned is not None and full is not None:
+        share = percent(metric.get("recovery_against_tuned"))
         notes.append(
-            f"Control: fine-tuned on the same tokens, full precision goes from {number(full)} to {number(tuned)}; "
-            f"against that reference {percent(metric.get('recovery_against_tuned'))} came back."
+            f"Control: fine-tuned on the same tokens, full precision goes {number(full)} → {number(tuned)}; "
+            f"against that reference {share} came back."
         )
     if metric.get("recovery") is not None and metric.get("recovery_interval") is None:
         notes.append("No interval: too few held-out documents to tell the cost of quantization from zero.")
@@ -230,7 +231,7 @@ def _notes(metric: Mapping[str, Any], qat: Stage) -> list[str]:
 
 
 def _samples(stages: Mapping[str, Stage]) -> list[dict[str, Any]]:
-    """Generated text side by side: one entry a prompt, `{"prompt", "full_precision", "ptq", "qat", "packed"}`."""
+    """Generated text side by side: one entry a prompt, `{"prompt", "full_precision", "ptq", …}`."""
     by_prompt: dict[str, dict[str, Any]] = {}
     for stage, key in SAMPLED:
         for sample in stages.get(stage, {}).get("samples") or []:

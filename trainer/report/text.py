@@ -96,7 +96,7 @@ def metric_columns(report: Mapping[str, Any]) -> list[Column]:
 
 
 def metric_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    """The recovery table for a terminal: a header of metrics, then one row a model, so that it stays narrow."""
+    """The recovery table for a terminal: a header of metrics, then one row a model: it stays narrow."""
     metrics = report["metrics"]
     rows = [["", *metrics]]
     for column in metric_columns(report):

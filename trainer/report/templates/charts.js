@@ -37,15 +37,15 @@ function line(name, curve, colourName, extra = {}) {
 }
 
 // Horizontal lines that share the plot's width, as shapes with a label at the right end.
-function level(value, label, colourName, dash, above = true) {
+function level(value, label, colourName, dash, { above = true, left = false } = {}) {
   const shape = { type: "line", xref: "paper", x0: 0, x1: 1, y0: value, y1: value, line: { color: colour(colourName), width: 1.5, dash } };
-  const note = { xref: "paper", x: 1, xanchor: "right", y: value, yanchor: above ? "bottom" : "top", text: label, showarrow: false, font: { color: colour(colourName), size: 12 } };
+  const note = { xref: "paper", x: left ? 0.005 : 1, xanchor: left ? "left" : "right", y: value, yanchor: above ? "bottom" : "top", text: label, showarrow: false, font: { color: colour(colourName), size: 12 } };
   return { shape, note };
 }
 
 function shade(span, index) {
   const shape = { type: "rect", layer: "below", yref: "paper", y0: 0, y1: 1, x0: span.start, x1: span.end, line: { width: 0 }, fillcolor: colour("soft"), opacity: 0.06 + 0.07 * (index % 2) };
-  const note = { yref: "paper", y: 0, yanchor: "bottom", x: (span.start + span.end) / 2, text: span.label, showarrow: false, font: { size: 11.5 } };
+  const note = { yref: "paper", y: 0.9, yanchor: "top", x: (span.start + span.end) / 2, text: span.label, showarrow: false, font: { size: 11.5 } };
   return { shape, note };
 }
 

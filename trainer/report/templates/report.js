@@ -7,8 +7,8 @@ const short = (value) => Number(value.toPrecision(4)).toLocaleString("en");
 function recoveryChart() {
   const points = curves["eval/perplexity"];
   const levels = [
-    level(metric.full_precision, `full precision ${short(metric.full_precision)}`, "green", "dash", false),
-    metric.full_precision_tuned && level(metric.full_precision_tuned, `fine-tuned ${short(metric.full_precision_tuned)}`, "green", "dot", false),
+    level(metric.full_precision, `full precision ${short(metric.full_precision)}`, "green", "dash"),
+    metric.full_precision_tuned && level(metric.full_precision_tuned, `fine-tuned ${short(metric.full_precision_tuned)}`, "green", "dot", { above: false, left: true }),
     metric.ptq && level(metric.ptq, `PTQ, rtn ${short(metric.ptq)}`, "orange", "dash"),
     metric.best_ptq && metric.best_ptq_method !== "rtn" && level(metric.best_ptq, `PTQ, ${metric.best_ptq_method} ${short(metric.best_ptq)}`, "orange", "dot"),
   ].filter(Boolean);
