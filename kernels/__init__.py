@@ -9,8 +9,8 @@ from typing import Any
 
 # Public name -> the submodule that defines it.
 _PUBLIC = {
-    "distillation_loss": "distillation.op",
-    "topk_distillation_loss": "distillation.op",
+    "distillation_loss": "distillation.loss",
+    "topk_distillation_loss": "distillation.loss",
     "Scheme": "scheme",
     "choose_range": "ranges",
     "dequantize": "grid",

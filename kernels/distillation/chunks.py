@@ -1,21 +1,45 @@
-"""The loop over chunks of tokens: products with the heads, the rows' losses, products back."""
+"""The loop over chunks of tokens: product with the student's head, the rows' losses, products back.
+
+The logits of one chunk live in one buffer, in which the rows' gradients replace them, so the next product
+reads them from there. Everything is a sum over tokens: a mean is taken by the caller, outside the registered
+operator, so that in fp16 neither the stored gradients of the logits nor those of the hidden states underflow.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from qatapult.kernels.distillation.objective import Objective
 from torch import Tensor
 
 #: Bytes that the logits of one chunk may take, for student and teacher together.
-_BUDGET = {"cpu": 64 << 20, "cuda": 1280 << 20}
+_BUDGET = {"cpu": 96 << 20, "cuda": 1280 << 20}
+#: Below this many rows the products with the heads lose more time than the memory is worth.
+_LEAST = {"cpu": 64, "cuda": 512}
+
+#: (tokens, logits of the student) → (divergence, cross-entropy) of each token; see `rows.divergence_rows_`.
+RowLoss = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
-class Totals:
-    """Sums over the valid tokens, each `[]` fp32, and gradients where they were asked for."""
+class Student:
+    """Tokens that count, `[T, D]`, the head `[V, D]`, and which gradients are wanted."""
+
+    hidden: Tensor
+    head: Tensor
+    want_hidden: bool
+    want_head: bool
+
+    @property
+    def want_grad(self) -> bool:
+        """Whether the logits' gradient is needed at all."""
+        return self.want_hidden or self.want_head
+
+
+@dataclass
+class Sums:
+    """Over all tokens: divergence (without T²) and cross-entropy, `[]`; the gradients that were wanted."""
 
     kl: Tensor
     cross_entropy: Tensor
@@ -23,72 +47,60 @@ class Totals:
     grad_head: Tensor | None
 
 
-@dataclass
-class Problem:
-    """One call's tensors; see `op.distillation_loss` for the shapes. `weight` is 0 for ignored tokens."""
-
-    hidden: Tensor
-    head: Tensor
-    labels: Tensor | None
-    weight: Tensor
-    objective: Objective
-    want_hidden: bool
-    want_head: bool
-
-    @property
-    def want_grad(self) -> bool:
-        return self.want_hidden or self.want_head
+def chunk_size(tokens: int, head: Tensor) -> int:
+    """Tokens of a chunk: what fits the budget, in chunks of nearly equal size, multiples of 64 if possible."""
+    kind = "cpu" if head.device.type == "cpu" else "cuda"
+    row = 2 * head.shape[0] * product_dtype(head).itemsize
+    most = max(_BUDGET[kind] // row, _LEAST[kind])
+    even = -(-tokens // max(1, -(-tokens // most)))
+    return max(1, min(tokens, -(-even // 64) * 64))
 
 
-#: (slice of the tokens, logits of the student) → (divergence, cross-entropy) of each token; see `cpu.divergence_rows_`.
-RowLoss = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+def product_dtype(*tensors: Tensor) -> torch.dtype:
+    """Dtype of a product with a head: fp32 on CPUs without instructions for 16 bits, where it is faster."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    if tensors[0].device.type != "cpu" or dtype.itemsize > 2:
+        return dtype
+    fast = dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return dtype if fast else torch.float32
 
 
-def chunk_size(tokens: int, vocabulary: int, element_size: int, device: torch.device) -> int:
-    """Tokens whose logits, for two models, fit the device's budget; chunks of nearly equal size."""
-    most = max(1, _BUDGET.get(device.type, _BUDGET["cuda"]) // (2 * vocabulary * element_size))
-    chunks = -(-tokens // most)
-    return max(1, -(-tokens // max(chunks, 1)))
+class Logits:
+    """`hidden · headᵀ` of one chunk at a time, in one buffer."""
+
+    def __init__(self, hidden: Tensor, head: Tensor, size: int) -> None:
+        self.dtype = product_dtype(hidden, head)
+        self.hidden, self.head = hidden, head.to(self.dtype)
+        self._buffer = hidden.new_empty(min(size, len(hidden)), len(head), dtype=self.dtype)
+
+    def of(self, part: slice) -> Tensor:
+        """`[tokens of the slice, V]`; valid until the next call."""
+        hidden = self.chunk(part)
+        return torch.mm(hidden, self.head.t(), out=self._buffer[: len(hidden)])
+
+    def chunk(self, part: slice) -> Tensor:
+        """The hidden states of the slice in the product's dtype."""
+        return self.hidden[part].to(self.dtype)
 
 
-def slices(tokens: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of `size` tokens; the last may be smaller."""
+def run(student: Student, row_loss: RowLoss, size: int) -> Sums:
+    """Losses and gradients, holding the student's logits of `size` tokens."""
+    tokens = len(student.hidden)
+    logits = Logits(student.hidden, student.head, size)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    kl, cross_entropy = student.hidden.new_zeros(2, tokens, dtype=dtype)
+    grad_hidden = torch.empty_like(student.hidden) if student.want_hidden else None
+    grad_head = torch.zeros_like(logits.head) if student.want_head else None
     for start in range(0, tokens, size):
-        yield slice(start, min(start + size, tokens))
-
-
-def product_dtype(tensor: Tensor) -> torch.dtype:
-    """Dtype in which a head's product is computed: fp32 where the CPU has no bf16 instructions."""
-    if tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16):
-        fast = tensor.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
-        return tensor.dtype if fast else torch.float32
-    return tensor.dtype
-
-
-def run(problem: Problem, row_loss: RowLoss, size: int) -> Totals:
-    """Loss and gradients of all tokens, holding the student's logits of `size` tokens."""
-    dtype = product_dtype(problem.head)
-    head = problem.head.to(dtype)
-    tokens = len(problem.hidden)
-    kl = problem.weight.new_zeros(())
-    cross_entropy = kl.clone()
-    grad_hidden = torch.zeros_like(problem.hidden) if problem.want_hidden else None
-    grad_head = (
-        torch.zeros_like(head, dtype=torch.promote_types(dtype, torch.float32)) if problem.want_head else None
-    )
-    valid = problem.weight != 0
-    for part in slices(tokens, size):
-        hidden = problem.hidden[part].to(dtype)
-        logits = hidden @ head.t()
-        token_kl, token_ce = row_loss(part, logits)
-        kl += torch.where(valid[part], token_kl, 0).sum()
-        cross_entropy += torch.where(valid[part], token_ce, 0).sum()
-        if problem.want_grad:
-            logits.masked_fill_(~valid[part].unsqueeze(-1), 0)
+        part = slice(start, start + size)
+        chunk = logits.of(part)
+        kl[part], cross_entropy[part] = row_loss(part, chunk)
         if grad_hidden is not None:
-            grad_hidden[part] = logits @ head
+            grad_hidden[part] = chunk @ logits.head
         if grad_head is not None:
-            grad_head += logits.t() @ hidden.masked_fill(~valid[part].unsqueeze(-1), 0)
-    return Totals(
-        kl, cross_entropy, grad_hidden, None if grad_head is None else grad_head.to(problem.head.dtype)
-    )
+            grad_head.addmm_(chunk.t(), logits.chunk(part))
+    if grad_head is not None:
+        grad_head = grad_head.to(student.head.dtype)
+    return Sums(kl.sum(), cross_entropy.sum(), grad_hidden, grad_head)

@@ -1,65 +1,81 @@
-"""Rows of logits → divergence, cross-entropy and gradient, in place, with plain torch on any device."""
+"""Calls into `rows.cpp`; the functions and their arguments are those of `rows.py`."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from pathlib import Path
+
 import torch
-from qatapult.kernels.distillation.objective import Objective
+from qatapult.kernels.common.cpp import load
 from torch import Tensor
+
+from .objective import Objective
+
+_KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether the compiled path exists here, for logits of this dtype."""
+    return dtype in (torch.float32, torch.bfloat16) and _library() is not None
 
 
 def divergence_rows_(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    weight: Tensor,
-    objective: Objective,
-    want_grad: bool,
+    student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective, want_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Divergence and cross-entropy of each row; the gradient takes the place of the student's logits.
-
-    Args:
-        student: `[C, V]` logits; overwritten with the gradient of `Σ weight · loss` if `want_grad`.
-        teacher: `[C, V]` logits; may be overwritten.
-        labels: `[C]` int64 tokens, or None for no cross-entropy.
-        weight: `[C]` fp32, the factor of each row in the sum.
-        objective: what is measured.
-        want_grad: whether to compute the gradient.
-
-    Returns:
-        The divergence and the cross-entropy of each row, `[C]` fp32, not weighted.
-    """
-    inverse = 1 / objective.temperature
-    cross_entropy = torch.zeros_like(weight)
-    hard = None
-    if labels is not None:
-        lse = student.logsumexp(-1, keepdim=True)
-        cross_entropy = (lse - student.gather(-1, labels.unsqueeze(-1))).squeeze(-1)
-        if want_grad and objective.ce_weight:
-            hard = (student - lse).exp_()
-            hard.scatter_add_(-1, labels.unsqueeze(-1), -torch.ones_like(lse))
-            hard.mul_(objective.ce_weight)
-    log_q = student.mul_(inverse).sub_(student.logsumexp(-1, keepdim=True))
-    log_p = teacher.mul_(inverse).sub_(teacher.logsumexp(-1, keepdim=True))
-    kl, slope = _divergence(log_q, log_p, objective)
-    if want_grad:
-        student.copy_(slope).mul_(objective.kl_factor * inverse)
-        if hard is not None:
-            student.add_(hard)
-        student.mul_(weight.unsqueeze(-1))
+    """See `rows.divergence_rows_`."""
+    logits, target = student.float(), teacher.float()
+    kl = torch.empty(len(logits))
+    cross_entropy = torch.zeros(len(logits))
+    _call(
+        "qatapult_divergence",
+        *(_KINDS[objective.kind], logits, target, labels, kl, cross_entropy, *_sizes(logits)),
+        *(objective.temperature, objective.beta, objective.ce_weight, int(want_grad)),
+    )
+    if want_grad and logits is not student:
+        student.copy_(logits)
     return kl, cross_entropy
 
 
-def _divergence(log_q: Tensor, log_p: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """The divergence of each row and its derivative by the (tempered) student logits."""
-    q, p = log_q.exp(), log_p.exp()
-    if objective.kind == "forward_kl":
-        return (p * (log_p - log_q)).sum(-1), q - p
-    beta = objective.beta
-    log_m = log_p if objective.kind == "reverse_kl" else (beta * p + (1 - beta) * q).log()
-    terms = q * (log_q - log_m)
-    student_part = terms.sum(-1, keepdim=True)
-    slope = terms - q * student_part
-    if objective.kind == "reverse_kl":
-        return student_part.squeeze(-1), slope
-    teacher_part = (p * (log_p - log_m)).sum(-1)
-    return beta * teacher_part + (1 - beta) * student_part.squeeze(-1), (1 - beta) * slope
+def logsumexp_rows(logits: Tensor, inverse: float) -> Tensor:
+    """See `rows.logsumexp_rows`."""
+    values = logits.float()
+    result = torch.empty(len(values))
+    _call("qatapult_logsumexp", values, result, *_sizes(values), inverse)
+    return result
+
+
+def exponential_rows_(
+    logits: Tensor, factor: Tensor, shift: Tensor, inverse: float, hard_factor: float, hard_shift: Tensor
+) -> None:
+    """See `rows.exponential_rows_`."""
+    values = logits.float()
+    columns = (factor.contiguous(), shift.contiguous(), hard_shift.contiguous())
+    _call("qatapult_exponentials", values, *columns, *_sizes(values), inverse, hard_factor)
+    if values is not logits:
+        logits.copy_(values)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    return load(Path(__file__).with_name("rows.cpp"))
+
+
+def _sizes(logits: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int64]:
+    return ctypes.c_int64(logits.shape[0]), ctypes.c_int64(logits.shape[1])
+
+
+def _call(name: str, *arguments: Tensor | float | ctypes.c_int64 | None) -> None:
+    """Tensors go as pointers, Python's floats as fp32; the number of threads comes last."""
+    library = _library()
+    if library is None:
+        raise RuntimeError("the compiled path was called where it is not available")
+    getattr(library, name)(*map(_c_value, arguments), torch.get_num_threads())
+
+
+def _c_value(value: Tensor | float | ctypes.c_int64 | None) -> object:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_void_p(None) if value is None else value

@@ -1,8 +1,9 @@
 """Distillation from a cached teacher: the top k log-probabilities of each token and the mass of the rest.
 
-Both distributions are seen as having k + 1 outcomes, the k cached tokens and "any other", so a student that puts
-the right mass on the rest is not penalised for how it spreads it. With `q_j` the student's probabilities, `q_T`
-the mass of its tail and `b_i = ∂D/∂log q_i` over the outcomes, the gradient by the (tempered) logits is
+Both distributions are seen as having k + 1 outcomes, the k cached tokens and "any other", so a student that
+puts the right mass on the rest is not penalised for how it spreads it. With `q_j` the student's
+probabilities, `q_T` the mass of its tail and `b_i = ∂D/∂log q_i` over the outcomes, the gradient by the
+tempered logits is
 
 * `b_j − q_j Σ b` for a cached token,
 * `q_j (b_T / q_T − Σ b)` for any other.
@@ -11,66 +12,73 @@ the mass of its tail and `b_i = ∂D/∂log q_i` over the outcomes, the gradient
 from __future__ import annotations
 
 import torch
-from qatapult.kernels.distillation.objective import Objective
-from qatapult.kernels.distillation.reference import divergence
 from torch import Tensor
+
+from .objective import Objective
+from .reference import divergence
+from .select import RowKernels
 
 
 def topk_rows_(
+    kernels: RowKernels,
     student: Tensor,
     top_indices: Tensor,
-    top_logprobs: Tensor,
-    tail_logmass: Tensor,
+    teacher_buckets: Tensor,
     labels: Tensor | None,
-    weight: Tensor,
     objective: Objective,
     want_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `cpu.divergence_rows_`, against cached teachers.
+    """As `rows.divergence_rows_`, against cached teachers.
+
+    The cached tokens are taken out of the rows and treated apart, so that the tail's mass is a sum over the
+    tail and not a difference from 1.
 
     Args:
-        student: `[C, V]` logits; overwritten with the gradient of `Σ weight · loss` if `want_grad`.
+        kernels: the passes over whole rows.
+        student: `[C, V]` logits; overwritten.
         top_indices: `[C, k]` int64, different tokens in a row.
-        top_logprobs: `[C, k]`, the teacher's log-probabilities at the objective's temperature.
-        tail_logmass: `[C, 1]`, log of the mass of all other tokens.
+        teacher_buckets: `[C, k + 1]`, log-probabilities of the cached tokens and of the tail, at the
+            objective's temperature, fp32 (float64 for float64 logits).
         labels: `[C]` int64, or None.
-        weight: `[C]`, the factor of each row in the sum.
         objective: what is measured.
         want_grad: whether to compute the gradient.
     """
     inverse = 1 / objective.temperature
-    cross_entropy = torch.zeros_like(weight)
-    hard = None
-    if labels is not None:
-        lse = student.logsumexp(-1, keepdim=True)
-        cross_entropy = (lse - student.gather(-1, labels.unsqueeze(-1))).squeeze(-1)
-        if want_grad and objective.ce_weight:
-            hard = (student - lse).exp_()
-            hard.scatter_add_(-1, labels.unsqueeze(-1), -torch.ones_like(lse))
-            hard.mul_(objective.ce_weight)
-    student.mul_(inverse)
-    top = student.gather(-1, top_indices)
+    dtype = teacher_buckets.dtype
+    target = None if labels is None else student.gather(-1, labels.unsqueeze(-1)).to(dtype).squeeze(-1)
+    top = student.gather(-1, top_indices).to(dtype)
     student.scatter_(-1, top_indices, float("-inf"))
-    buckets = torch.cat([top, student.logsumexp(-1, keepdim=True)], -1)
+    buckets = torch.cat([top * inverse, kernels.logsumexp_rows(student, inverse).unsqueeze(-1)], -1)
     log_z = buckets.logsumexp(-1, keepdim=True)
     log_q = buckets - log_z
-    log_p = torch.cat([top_logprobs, tail_logmass], -1).to(log_q.dtype)
-    kl = divergence(log_q, log_p, objective.kind, objective.beta)
+    kl = divergence(log_q, teacher_buckets, objective.kind, objective.beta)
+    hard_z = _hard_normaliser(kernels, student, top, log_z, inverse) if target is not None else log_z
+    cross_entropy = torch.zeros_like(kl) if target is None else hard_z.squeeze(-1) - target
     if want_grad:
-        top_slope, tail_factor = bucket_slopes(log_q, log_p, objective)
-        student.sub_(log_z).exp_().mul_(tail_factor)
-        student.scatter_(-1, top_indices, top_slope)
-        student.mul_(objective.kl_factor * inverse)
-        if hard is not None:
-            student.add_(hard)
-        student.mul_(weight.unsqueeze(-1))
+        top_slope, tail_factor = bucket_slopes(log_q, teacher_buckets, objective)
+        factor, hard = objective.kl_factor * inverse, objective.ce_weight
+        kernels.exponential_rows_(
+            student, (factor * tail_factor).squeeze(-1), log_z.squeeze(-1), inverse, hard, hard_z.squeeze(-1)
+        )
+        top_gradient = factor * top_slope + (hard * (top - hard_z).exp() if hard else 0)
+        student.scatter_(-1, top_indices, top_gradient.to(student.dtype))
+        if hard and labels is not None:
+            student.scatter_add_(-1, labels.unsqueeze(-1), torch.full_like(student[:, :1], -hard))
     return kl, cross_entropy
 
 
-def bucket_slopes(log_q: Tensor, log_p: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
-    """Derivatives by the tempered logits: `[C, k]` of the cached tokens, and `[C, 1]` the factor of the others' q.
+def _hard_normaliser(kernels: RowKernels, tail: Tensor, top: Tensor, log_z: Tensor, inverse: float) -> Tensor:
+    """`[C, 1]`: log Σ exp(logits) at temperature 1, of rows whose cached tokens were taken out."""
+    if inverse == 1:
+        return log_z
+    return torch.cat([top, kernels.logsumexp_rows(tail, 1.0).unsqueeze(-1)], -1).logsumexp(-1, keepdim=True)
 
-    `over_q` below is `b / q`: derivatives by the probability, up to a constant that cancels.
+
+def bucket_slopes(log_q: Tensor, log_p: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Derivatives by the tempered logits: `[C, k]` of the cached tokens, `[C, 1]` what the tail's q are
+    multiplied with.
+
+    `over_q` below is `b / q`, up to a constant that cancels.
     """
     if objective.kind == "forward_kl":
         over_q, by_log = -(log_p - log_q).exp(), -log_p.exp()
