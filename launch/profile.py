@@ -227,5 +227,7 @@ def _read(file: Path, depth: int) -> DictConfig:
     # A user's `a100` may extend the shipped `a100`: a profile never extends itself.
     parent_file = _locate(str(parent))
     if parent_file.resolve() == file.resolve():
-        parent_file = shipped_profiles() / f"{parent}.yaml"
+        parent_file = shipped_profiles() / f"{file.stem}.yaml"
+        if not parent_file.is_file() or parent_file.resolve() == file.resolve():
+            raise UserError(f"cluster profile {file}: 'extends' goes round in a circle")
     return cast(DictConfig, OmegaConf.merge(_read(parent_file, depth + 1), loaded))

@@ -216,11 +216,22 @@ def _helper(job: Job) -> str:
     words = [*_apptainer_prefix(job), interpreter(job.profile)]
     if pyxis := _pyxis_options(job):
         words = ["srun", "--nodes=1", "--ntasks=1", "--overlap", *job.profile.srun_options, *pyxis, *words]
-    return shlex.join(words)
+    return " ".join(map(_quote, words))
 
 
 def _quote(value: object) -> str:
-    return str(value) if isinstance(value, Verbatim) else shlex.quote(str(value))
+    """A word for bash. Line breaks and the like become escapes: no line of the script is made of data."""
+    word = str(value)
+    if isinstance(value, Verbatim):
+        return word
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return (
+        "$'"
+        + "".join(c if c.isprintable() else "".join(f"\\x{b:02x}" for b in c.encode()) for c in escaped)
+        + "'"
+    )
 
 
 def _word(value: object) -> str:

@@ -10,6 +10,7 @@ from qatapult.launch.folder import LaunchFolder
 from qatapult.launch.state import RunState
 from qatapult.trainer.run_folder import STAGES
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -41,9 +42,10 @@ def table(states: Sequence[RunState]) -> None:
             "" if state.seconds_left is None else duration(state.seconds_left),
             Text(state.job or ""),
         )
-    console = Console()
-    # A name that is cut is of no use to the other commands: let a narrow terminal wrap instead.
-    console.print(rows, width=max(console.width, console.measure(rows).maximum), crop=False, soft_wrap=True)
+    # A name that is cut is of no use to the other commands: a narrow terminal wraps the lines instead.
+    wanted = Measurement.get(Console(), Console().options.update(width=1000), rows).maximum
+    console = Console(width=max(Console().width, wanted))
+    console.print(rows)
     for state in states:
         if state.reason:
             console.print(Text(f"{state.name}: {state.reason}"), soft_wrap=True)

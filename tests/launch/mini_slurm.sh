@@ -15,9 +15,9 @@ if [ "$NETNS" = 1 ]; then NET=10.213.57 CONTROLLER=10.213.57.1; else NET=127.0.0
 say() { printf 'mini-slurm: %s\n' "$*" >&2; }
 
 install() {
-  local program
-  for program in slurmctld slurmd sbatch munged; do command -v "$program" >/dev/null || break; done &&
-    command -v munged >/dev/null && command -v slurmd >/dev/null && return 0
+  local program missing=
+  for program in slurmctld slurmd sbatch munged; do command -v "$program" >/dev/null || missing=$program; done
+  [ -z "$missing" ] && return 0
   apt-get update -qq >/dev/null
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
     slurmctld slurmd slurm-client munge iproute2 </dev/null >/dev/null
