@@ -42,6 +42,38 @@ def _align3_asm(s):  # type: ignore[no-untyped-def]
     )
 
 
+@triton.constexpr_function
+def _float_asm(width, is_bfloat16):  # type: ignore[no-untyped-def]
+    """PTX that turns the top `width` bits of four signed bytes into four fp16 or bf16 integers.
+
+    The biased bits become the low mantissa of 1024 (fp16) or 128 (bf16), from which that number and the bias are then
+    subtracted, two at a time.
+    """
+    center, one, kind = (0x4300, 0x3F80, "bf16x2") if is_bfloat16 else (0x6400, 0x3C00, "f16x2")
+    sign = 1 << (width - 1)
+    less = (0x8000 | center | sign) * 0x10001
+    return (
+        f"{{ .reg .b32 t, a, b, one, less; shr.u32 t, $2, {8 - width}; "
+        f"lop3.b32 t, t, {((1 << width) - 1) * 0x01010101}, {sign * 0x01010101}, 0x6A; "
+        f"prmt.b32 a, t, {(center >> 8) * 0x01010101}, 0x4140; prmt.b32 b, t, {(center >> 8) * 0x01010101}, 0x4342; "
+        f"mov.b32 one, {one * 0x10001}; mov.b32 less, {less}; "
+        f"fma.rn.{kind} $0, a, one, less; fma.rn.{kind} $1, b, one, less; }}"
+    )
+
+
+@triton.jit
+def _float_codes(codes, like, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The top WIDTH bits of aligned codes as numbers of the dtype that `like` points to, exactly."""
+    dtype = like.dtype.element_ty
+    fused: tl.constexpr = _ASM and (dtype == tl.float16 or (dtype == tl.bfloat16 and WIDTH < 8))
+    if fused:
+        asm: tl.constexpr = _float_asm(WIDTH, dtype == tl.bfloat16)
+        out = tl.inline_asm_elementwise(asm, "=r,=r,r", [codes], dtype=like.dtype.element_ty, is_pure=True, pack=4)
+    else:
+        out = (codes >> (8 - WIDTH)).to(dtype)
+    return out
+
+
 @triton.jit
 def _slice(plane, low_plane, S: tl.constexpr, BITS: tl.constexpr, HALF: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes of slice S as int8, 2^(8 − BITS) times too large; HALF adds the stretched grid's half."""
@@ -71,7 +103,7 @@ def _slice(plane, low_plane, S: tl.constexpr, BITS: tl.constexpr, HALF: tl.const
 def _finish(  # type: ignore[no-untyped-def]
     total, y, token_scale, scale, shift, row_sum, bias, o_n, o_m, M, N,
     BITS: tl.constexpr, GROUP: tl.constexpr, INTEGER: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RAW: tl.constexpr,
+    HAS_BIAS: tl.constexpr, RAW: tl.constexpr, EXCESS: tl.constexpr,
 ):  # fmt: skip
     """Scales, zero points, bias and store of a block [N, M] of sums."""
     in_n, in_m = o_n < N, o_m < M
@@ -81,23 +113,21 @@ def _finish(  # type: ignore[no-untyped-def]
         tl.store(p_y, total >> (8 - BITS), mask=inside)
     else:
         value = total.to(tl.float32)
-        if GROUP == 0:
-            if INTEGER:
-                value *= 1.0 / (1 << (8 - BITS))
-                if HAS_SHIFT:
-                    zero = tl.load(shift + o_n, mask=in_n, other=0.0)
-                    sums = tl.load(row_sum + o_m, mask=in_m, other=0).to(tl.float32)
-                    value -= sums[None, :] * zero[:, None]
+        if GROUP == 0 and INTEGER and HAS_SHIFT:
+            zero = tl.load(shift + o_n, mask=in_n, other=0.0) / EXCESS
+            sums = tl.load(row_sum + o_m, mask=in_m, other=0).to(tl.float32)
+            value -= sums[None, :] * zero[:, None]
         if INTEGER:
             value *= tl.load(token_scale + o_m, mask=in_m, other=0.0)[None, :]
         if GROUP == 0:
-            value *= tl.load(scale + o_n, mask=in_n, other=0.0)[:, None]
+            value *= (tl.load(scale + o_n, mask=in_n, other=0.0) * EXCESS)[:, None]
         if HAS_BIAS:
             value += tl.load(bias + o_n, mask=in_n, other=0.0).to(tl.float32)[:, None]
         tl.store(p_y, value.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# M varies from call to call and nothing is gained by knowing its divisors: one binary serves all.
+@triton.jit(do_not_specialize=["M"])
 def packed_gemm(  # type: ignore[no-untyped-def]
     x, w, y, token_scale, scale, shift, row_sum, bias, partial, counter,
     M, N, K, rows, units,
@@ -124,6 +154,8 @@ def packed_gemm(  # type: ignore[no-untyped-def]
     SLICES: tl.constexpr = 8 if BITS == 3 else 8 // BITS
     UNIT: tl.constexpr = SLICES * WIDTH
     PLANES: tl.constexpr = 3 if BITS == 3 else 1
+    # What a sum must be multiplied with: int8 codes lie at the top of their bytes, halves count double.
+    EXCESS: tl.constexpr = 1.0 / (1 << (8 - BITS)) if INTEGER else 1.0 / (1 << HALF)
     i_block, i_split = tl.program_id(0), tl.program_id(1)
     blocks_n, blocks_m = tl.cdiv(N, BLOCK_N), tl.cdiv(M, BLOCK_M)
     first = i_block // (RASTER * blocks_m) * RASTER
@@ -164,11 +196,11 @@ def packed_gemm(  # type: ignore[no-untyped-def]
             if INTEGER:
                 left = codes
             else:
-                left = codes.to(x.dtype.element_ty) * (1.0 / (1 << (8 - BITS)))
+                left = _float_codes(codes, x, BITS + HALF)
                 if HAS_SHIFT:
                     p_shift = shift + (k // GROUP * N if GROUP else 0) + o_n
-                    left -= tl.load(p_shift, mask=in_n, other=0.0)[:, None]
-                left = left.to(x.dtype.element_ty)
+                    zero = tl.load(p_shift, mask=in_n, other=0.0)
+                    left = (left - zero[:, None]).to(x.dtype.element_ty)
             if GROUP == 0:
                 total = tl.dot(left, right, total, out_dtype=total.dtype, input_precision="ieee")
             else:
@@ -183,20 +215,17 @@ def packed_gemm(  # type: ignore[no-untyped-def]
                     i_group = k // GROUP
                     group_scale = tl.load(scale + i_group * N + o_n, mask=in_n, other=0.0)
                     part = sums.to(tl.float32)
-                    if INTEGER:
-                        part *= 1.0 / (1 << (8 - BITS))
-                        if HAS_SHIFT:
-                            zero = tl.load(shift + i_group * N + o_n, mask=in_n, other=0.0)
-                            p_sum = row_sum + k // (SPAN * WIDTH) * M + o_m
-                            in_m = o_m < M if EVEN_K else (o_m < M) & (k + 0 * o_m < K)
-                            stretch = tl.load(p_sum, mask=in_m, other=0).to(tl.float32)
-                            part -= zero[:, None] * stretch[None, :]
-                    total += part * group_scale[:, None]
+                    if INTEGER and HAS_SHIFT:
+                        zero = tl.load(shift + i_group * N + o_n, mask=in_n, other=0.0) / EXCESS
+                        p_sum = row_sum + k // (SPAN * WIDTH) * M + o_m
+                        in_m = o_m < M if EVEN_K else (o_m < M) & (k + 0 * o_m < K)
+                        part -= zero[:, None] * tl.load(p_sum, mask=in_m, other=0).to(tl.float32)[None, :]
+                    total += part * (group_scale * EXCESS)[:, None]
 
     if SPLIT == 1:
         _finish(
             total, y, token_scale, scale, shift, row_sum, bias, o_n, o_m, M, N,
-            BITS, GROUP, INTEGER, HAS_SHIFT, HAS_BIAS, RAW,
+            BITS, GROUP, INTEGER, HAS_SHIFT, HAS_BIAS, RAW, EXCESS,
         )  # fmt: skip
     else:
         o_part = o_m[None, :] % BLOCK_M * BLOCK_N + o_n[:, None] % BLOCK_N
@@ -212,5 +241,5 @@ def packed_gemm(  # type: ignore[no-untyped-def]
             tl.store(counter + i_block, 0)
             _finish(
                 total, y, token_scale, scale, shift, row_sum, bias, o_n, o_m, M, N,
-                BITS, GROUP, INTEGER, HAS_SHIFT, HAS_BIAS, RAW,
+                BITS, GROUP, INTEGER, HAS_SHIFT, HAS_BIAS, RAW, EXCESS,
             )  # fmt: skip
