@@ -1,4 +1,4 @@
-"""GPTQ: codes on the layer's grid, layer errors below round-to-nearest's, the inputs of the quantized model."""
+"""GPTQ: codes on the grid, layer errors below round-to-nearest's, inputs of the quantized model."""
 
 from __future__ import annotations
 

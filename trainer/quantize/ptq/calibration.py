@@ -7,11 +7,14 @@ SmolLM2-135M: 75 MB between blocks, about 1 GB inside one).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qatapult.trainer.quantize.modules import QuantizedWeight
 
 # Token rows that are embedded at a time.
 _EMBED_ROWS = 8
@@ -36,7 +39,7 @@ def walk_blocks(
     model: nn.Module,
     calibration: Tensor,
     on_input: Callable[[nn.Module, Tensor], None],
-    before_block: Callable[[nn.Module, Callable[[], Tensor]], None] | None = None,
+    after_block: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Send calibration text through the blocks, first to last, and show every linear its input.
 
@@ -45,7 +48,7 @@ def walk_blocks(
         calibration: token ids `[n, block]`.
         on_input: called with each linear and its input `[n, block, K]` just before the linear computes; it
             may change the linear, and what follows sees the change.
-        before_block: called with each block and a function that computes the block's output as it is now.
+        after_block: called with each block when the text went through it.
     """
     was_training = model.training
     model.eval()
@@ -56,8 +59,6 @@ def walk_blocks(
         on_input(layer, inputs[0])
 
     for block in blocks:
-        if before_block is not None:
-            before_block(block, lambda block=block, hidden=hidden: _output(block, hidden, arguments))
         linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
         handles = [linear.register_forward_pre_hook(hook) for linear in linears]
         try:
@@ -65,6 +66,8 @@ def walk_blocks(
         finally:
             for handle in handles:
                 handle.remove()
+        if after_block is not None:
+            after_block(block)
     model.train(was_training)
 
 
@@ -101,6 +104,20 @@ def _first_inputs(model: nn.Module, block: nn.Module, calibration: Tensor) -> tu
         handle.remove()
     (_, arguments), *batches = caught
     return torch.cat([hidden for hidden, _ in batches]), arguments
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Switch the quantization of a prepared model off, as long as the context lasts."""
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedWeight)]
+    states = [(layer.quantize_weights, layer.quantize_activations) for layer in layers]
+    for layer in layers:
+        layer.quantize_weights = layer.quantize_activations = False
+    try:
+        yield
+    finally:
+        for layer, (weights, activations) in zip(layers, states, strict=True):
+            layer.quantize_weights, layer.quantize_activations = weights, activations
 
 
 def hessian_of(inputs: Tensor) -> Tensor:

@@ -1,0 +1,136 @@
+"""SmoothQuant, AWQ and rotations: the full-precision function stays, the quantized one gets better."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from qatapult.trainer.models import load_model
+from qatapult.trainer.quantize.prepare import prepare, quant_layers
+from qatapult.trainer.quantize.ptq import awq, hadamard, smoothquant
+from qatapult.trainer.quantize.ptq.calibration import decoder_blocks, full_precision
+from qatapult.trainer.quantize.ptq.folding import folds_of
+from qatapult.trainer.quantize.ptq.rotation import fold_norms, is_rotated_checkpoint, random_hadamard
+from qatapult.trainer.quantize.ptq.rotation import hadamard as hadamard_matrix
+from qatapult.trainer.recipe import schema
+from qatapult.trainer.recipe.errors import UserError
+
+Grid = schema.TensorScheme
+
+
+def outlier_model(shape: str = "tiny") -> tuple[nn.Module, torch.Tensor]:
+    """A small model with loud channels in every norm, as trained models have them, and text for it."""
+    model = load_model(schema.Model(source=f"random:{shape}"))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+                parameter[::16] *= 20
+            elif "embed" not in name:
+                parameter.mul_(2)
+    return model, torch.randint(0, model.config.vocab_size, (6, 32), generator=generator)
+
+
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def quantization(weights: int, activations: int | None) -> schema.Quantization:
+    return schema.Quantization(
+        weights=Grid(bits=weights),
+        activations=Grid(bits=activations, granularity="token") if activations else None,
+    )
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-tied"])
+@pytest.mark.parametrize("method", [smoothquant, awq, hadamard])
+def test_function_in_full_precision_stays(method, shape: str) -> None:
+    if method is hadamard:
+        model, ids = outlier_model(shape)
+        before = logits(model, ids)
+        hadamard.rotate_randomly(model)
+        after = logits(model, ids)
+    else:
+        model, ids = outlier_model(shape)
+        grid = quantization(4, 8)
+        before = logits(model, ids)
+        prepare(model, grid)
+        method.quantize(model, ids, schema.Ptq(), grid)
+        with full_precision(model):
+            after = logits(model, ids)
+    assert not any(
+        torch.equal(old, new)
+        for old, new in zip(
+            decoder_blocks(outlier_model(shape)[0]).parameters(),
+            decoder_blocks(model).parameters(),
+            strict=False,
+        )
+        if old.ndim == 2
+    )
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "activations"), [(smoothquant, 8, 8), (awq, 3, None), (hadamard, 8, 8)]
+)
+def test_outputs_are_closer_than_round_to_nearest(method, weights: int, activations: int | None) -> None:
+    model, ids = outlier_model()
+    reference = logits(model, ids)
+    grid = quantization(weights, activations)
+    prepare(model, grid)
+    nearest = (logits(model, ids) - reference).square().mean()
+    method.quantize(model, ids, schema.Ptq(), grid)
+    error = (logits(model, ids) - reference).square().mean()
+    assert error < 0.8 * nearest
+    assert all(layer.codes().dtype == torch.int8 for layer in quant_layers(model).values())
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 12, 20, 28, 36, 64, 112, 576])
+def test_hadamard_matrices_are_hadamard(size: int) -> None:
+    matrix = hadamard_matrix(size)
+    assert matrix is not None
+    assert set(matrix.unique().tolist()) <= {-1.0, 1.0}
+    torch.testing.assert_close(matrix @ matrix.t(), size * torch.eye(size, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [3, 10, 48, 576])
+def test_random_rotations_are_orthogonal_for_any_size(size: int) -> None:
+    turn = random_hadamard(size, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(turn @ turn.t(), torch.eye(size, dtype=torch.float64))
+
+
+def test_a_rotation_spreads_an_outlier() -> None:
+    spike = torch.zeros(576, dtype=torch.float64)
+    spike[17] = 1
+    turned = spike @ random_hadamard(576, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(turned.abs(), torch.full_like(spike, 1 / math.sqrt(576)))
+
+
+def test_rotation_takes_tied_embeddings_apart() -> None:
+    model, _ = outlier_model("tiny-tied")
+    fold_norms(model)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings is False
+    tied, _ = outlier_model("tiny-tied")
+    assert is_rotated_checkpoint(set(model.state_dict()), tied)
+    assert not is_rotated_checkpoint({"model.embed_tokens.weight"}, tied)
+
+
+def test_values_shared_by_query_heads_get_equal_factors() -> None:
+    model, ids = outlier_model()
+    before = logits(model, ids)
+    _, values, _, _ = folds_of(decoder_blocks(model)[0])
+    assert values.repeats == 2
+    factor = values.shared(torch.rand(64, generator=torch.Generator().manual_seed(2)) + 0.5)
+    values.apply(factor)
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-3, atol=1e-4)
+
+
+def test_blocks_of_another_kind_are_refused() -> None:
+    with pytest.raises(UserError, match="use rtn or gptq"):
+        list(folds_of(nn.TransformerEncoderLayer(16, 2)))
