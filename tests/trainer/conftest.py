@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import shutil
 import socket
@@ -13,9 +14,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import pytest
+from qatapult.trainer.recipe.loading import dump_recipe, load_recipe
+from qatapult.trainer.run_folder import RunFolder, write_atomically, write_json
 
 
 class Browser:
@@ -134,3 +138,121 @@ def _wait_for(port: int) -> None:
         except OSError:
             assert time.monotonic() < deadline, "chromedriver does not answer"
             time.sleep(0.05)
+
+
+class MakeRun(Protocol):
+    """Writes a run folder as the stages leave it."""
+
+    def __call__(
+        self, name: str = "demo", upto: str | None = "export", points: int = 64, packed: float = 16.53
+    ) -> RunFolder: ...
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    return run_factory(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def module_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """One finished run for all tests of a module; they only read it."""
+    return run_factory(tmp_path_factory.mktemp("runs"))()
+
+
+def run_factory(runs: Path) -> MakeRun:
+    def make(
+        name: str = "demo", upto: str | None = "export", points: int = 64, packed: float = 16.53
+    ) -> RunFolder:
+        run = RunFolder(runs / name)
+        schedule = "{phases: [{weights: {bits: 8}, fraction: 0.25}, {weights: {bits: 4}, fraction: 0.75}]}"
+        changes = [f"name={name}", f"qat.tokens={points * 1024}", f"qat.schedule={schedule}"]
+        write_atomically(run.recipe, dump_recipe(load_recipe("smollm2-135m-w4a8", changes)))
+        write_json(run.environment, {"python": "3.11", "processes": 1, "packages": {"torch": "2.13.0"}})
+        results = stage_results(points, packed)
+        for stage in list(results)[: list(results).index(upto) + 1 if upto else 0]:
+            write_json(run.stage(stage), results[stage])
+        if upto not in (None, "baseline", "ptq"):
+            lines = (json.dumps(line) for line in metric_lines(points, packed))
+            write_atomically(run.metrics, "\n".join(lines) + "\n")
+        return run
+
+    return make
+
+
+def stage_results(points: int, packed: float) -> dict[str, dict[str, Any]]:
+    """What each stage writes, with the figures of a first sketch on SmolLM2-135M."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(300, 700, 16)
+    hardness = rng.normal(0, 0.25, 16)
+
+    def judged(perplexity: float, accuracy: float, noise: float = 0.02, **more: Any) -> dict[str, Any]:
+        losses = hardness + rng.normal(0, noise, 16)
+        losses += math.log(perplexity) - (losses * tokens).sum() / tokens.sum()
+        task = {"value": accuracy, "standard_error": 0.02, "higher_is_better": True}
+        text = f"The with statement <b>wraps</b> & {perplexity}"
+        return {
+            "perplexity": perplexity,
+            "losses": [[float(a * b), int(b)] for a, b in zip(losses, tokens, strict=True)],
+            "tasks": {"sst2": task},
+            "samples": [{"prompt": "The with statement", "text": text}],
+            "cost": {
+                "seconds": 60.0,
+                "tokens": 8192,
+                "peak_memory_bytes": 2 * 10**9,
+                "device": "a CPU, 2 threads",
+            },
+            **more,
+        }
+
+    names = [f"model.layers.{i}.{part}" for i in range(4) for part in ("self_attn.q_proj", "mlp.down_proj")]
+    layers = [
+        {
+            "name": name,
+            "bits": 4,
+            "granularity": "channel",
+            "codes_equal": True,
+            "sqnr_db": 60.0 + i,
+            "bytes": 10**5,
+        }
+        for i, name in enumerate(names)
+    ]
+    ptq = {"rtn": judged(30.87, 0.62, 0.1), "gptq": judged(19.99, 0.74, 0.05)}
+    steps = range(0, points + 1, max(points // 8, 1))
+    curve = [
+        {"step": s, "tokens": s * 1024, "perplexity": packed + 3.5 * math.exp(-5 * s / points)} for s in steps
+    ]
+    return {
+        "baseline": judged(15.3, 0.81),
+        "ptq": {"methods": ptq, "initialize_from": "gptq", "cost": ptq["rtn"]["cost"]},
+        "qat": judged(
+            packed, 0.79, steps=points, tokens=points * 1024, best_step=curve[-1]["step"],
+            best_tokens=curve[-1]["tokens"], curve=curve, stopped_early=False, skipped_steps=0, rollbacks=0,
+            control=judged(14.9, 0.82),
+        ),
+        "packed": judged(
+            packed + 0.01, 0.785, bytes=110_000_000,
+            parity={"codes_equal": True, "sqnr_db": 61.2, "top1_agreement": 0.998, "layers": layers},
+            kernels={"linears": 8, "integer": 8, "by_kind": {"int4 × int8": 8}},
+        ),
+        "export": {"formats": {"compressed-tensors": {"path": "export/compressed-tensors", "bytes": 10**8,
+                                                      "perplexity": None}}, "cost": ptq["rtn"]["cost"]},
+    }  # fmt: skip
+
+
+def metric_lines(points: int, packed: float) -> Iterator[dict[str, Any]]:
+    """Lines of `metrics.jsonl`: one a step, and an evaluation now and then."""
+    rng = np.random.default_rng(0)
+    for step in range(1, points + 1):
+        axes = {"step": step, "tokens": step * 1024, "time": 1.7e9 + 3 * step}
+        loss = 0.25 + math.exp(-6 * step / points) + rng.normal(0, 0.03)
+        yield {
+            **axes,
+            "train/loss": loss,
+            "train/kl": loss - 0.05,
+            "train/learning_rate": 1e-4 * (1 - step / points),
+            "train/grad_norm": float(rng.lognormal()),
+            "train/tokens_per_second": 340.0 + rng.normal(0, 9),
+        }
+        if step % max(points // 8, 1) == 0:
+            perplexity = packed + 3.5 * math.exp(-5 * step / points)
+            yield {**axes, "eval/perplexity": perplexity, "recovery/perplexity": (30.87 - perplexity) / 15.57}

@@ -75,7 +75,8 @@ def _recovery(axes: Axes, report: Mapping[str, Any], curves: Curves) -> bool:
 def _losses(axes: Axes, report: Mapping[str, Any], curves: Curves) -> bool:
     drawn = [_line(axes, curves, "train/loss", BLUE), _line(axes, curves, "train/kl", ORANGE)]
     _over_tokens(axes, "training loss, nats per token")
-    axes.legend(frameon=False)
+    if any(drawn):
+        axes.legend(frameon=False)
     return any(drawn)
 
 
