@@ -1,9 +1,9 @@
 """Compile a C++ file once a machine and call it through ctypes: no torch headers, so it takes two seconds.
 
-A kernel's CPU path is a file of `extern "C"` functions on raw pointers. `load(path)` compiles it with the machine's
-compiler for the machine's processor, keeps the library in the user's cache folder, and returns it; or None,
-with one warning, where there is no compiler: operators then run their torch reference. Nothing happens at
-import.
+A kernel's CPU path is a file of `extern "C"` functions on raw pointers. `load(path)` compiles it with the
+machine's compiler for the machine's processor, keeps the library in the user's cache folder, and returns it; or
+None, with one warning, where there is no compiler: operators then run their torch reference. Nothing happens
+at import.
 
 Arithmetic is IEEE as written: multiply-add is not contracted and nothing is reassociated, except in
 reductions that the source marks with `#pragma omp simd reduction`. Loops marked with `#pragma omp parallel`
@@ -62,8 +62,8 @@ def load(source: Path) -> ctypes.CDLL | None:
 
 def _warn(source: Path, why: str) -> None:
     warnings.warn(
-        f"{source.parent.name}/{source.name} could not be compiled, so its operators run in plain torch, which is "
-        f"several times slower: {why}",
+        f"{source.parent.name}/{source.name} could not be compiled, so its operators run in plain "
+        f"torch, which is several times slower: {why}",
         stacklevel=3,
     )
 

@@ -22,7 +22,8 @@ def fake_quantize_dynamic(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     The values of `fake_quantize(x, *choose_range(x, scheme), scheme=scheme)`, in one pass over memory where
     ranges are min-max within rows. The gradient of `x` passes straight through and nothing is saved for
     backward: a min-max range holds all of the elements (the largest may lie half a step above the top level,
-    and is not to lose its gradient for that). With other range methods it is masked to the range (`gradient="ste"`).
+    and is not to lose its gradient for that). With other range methods it is masked to the range, as by
+    `gradient="ste"`.
 
     Args:
         x: fp32, bf16 or fp16, `[..., K]`.

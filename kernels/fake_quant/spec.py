@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from qatapult.kernels.scheme import Scheme
+from qatapult.kernels.scheme import ScaleDtype, Scheme
 
 Gradient = Literal["lsq", "pact", "ste"]
 

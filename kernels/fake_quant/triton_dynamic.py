@@ -158,8 +158,7 @@ def aot_cases() -> list[AotCase]:
                     constants[name] = None
             aligned = (*signature, "rows", "size")
             signature |= {"rows": "i32", "size": "i32", "steps": "fp32"}
-            kind = f"{'quantize' if codes else 'fake-quantize'} {size} {'' if symmetric else 'asymmetric '}{dtype}"
-            cases.append(
-                AotCase(f"dynamic {kind}", dynamic_kernel, signature, constants, warps, aligned=aligned)
-            )
+            kind = f"{'quantize' if codes else 'fake-quantize'} {size}{'' if symmetric else ' asymmetric'}"
+            name = f"dynamic {kind} {dtype}"
+            cases.append(AotCase(name, dynamic_kernel, signature, constants, warps, aligned=aligned))
     return cases
