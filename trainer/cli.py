@@ -15,8 +15,10 @@ COMMAND_MODULES = (
     "qatapult.trainer.commands.train",
     "qatapult.trainer.commands.recipe",
     "qatapult.trainer.commands.plan",
+    "qatapult.trainer.commands.advise",
     "qatapult.trainer.commands.report",
     "qatapult.trainer.commands.compare",
+    "qatapult.trainer.commands.dashboard",
     "qatapult.launch.commands",
 )
 

@@ -58,7 +58,7 @@ def test_shape_is_read_from_a_folder_without_its_weights(tmp_path: Path) -> None
 
 
 def test_model_states_are_those_of_the_zero_paper() -> None:
-    """16 bytes a trained weight, divided as ZeRO-1, 2 and 3 divide them (arXiv:1910.02054, figure 1)."""
+    """16 bytes a trained weight, divided as in figure 1 of arXiv:1910.02054."""
     plan, cluster = recipe(trainable="all"), parse_cluster("8xA100-80GB", 8)
     shape = shape_of(plan.model)
     states = {}

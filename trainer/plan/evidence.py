@@ -1,0 +1,145 @@
+"""What is known about recovery: runs of one's own, measured studies, and published figures, each labelled."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+Kind = Literal["measured", "published"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One recovery.
+
+    Attributes:
+        kind: `measured` by this program, or `published` by somebody.
+        weights: bits of the weights.
+        activations: bits of the activations; 16 if they are not quantized.
+        recovery: share of the loss of post-training quantization that came back.
+        mixed: whether sensitive layers had more bits.
+    """
+
+    kind: Kind
+    work: str
+    weights: float
+    activations: float
+    metric: str
+    recovery: float
+    source: str
+    mixed: bool = False
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A recovery to expect, with its interval, and what it rests on."""
+
+    middle: float
+    low: float
+    high: float
+    evidence: tuple[Evidence, ...]
+    note: str
+
+
+def published() -> list[Evidence]:
+    """Figures of others, from `configs/evidence.yaml`."""
+    return [
+        Evidence(
+            "published",
+            entry["work"],
+            entry["weights"],
+            entry["activations"],
+            entry["metric"],
+            entry["recovery"],
+            entry["source"],
+            entry.get("mixed", False),
+        )
+        for entry in facts()["published"]
+    ]
+
+
+def measured(folders: Sequence[Path]) -> list[Evidence]:
+    """Recoveries from `report.json` files below these folders: finished runs, and studies kept in the documentation.
+
+    A report without a recovery (nothing was lost, or training was left out) is no evidence and is skipped.
+    """
+    found = []
+    for folder in folders:
+        for file in sorted(folder.rglob("report.json")):
+            report = json.loads(file.read_text(encoding="utf-8"))
+            metric = report.get("metrics", {}).get("perplexity", {})
+            weights = _bits(report, "weights")
+            if metric.get("recovery") is None or weights is None:
+                continue
+            found.append(
+                Evidence(
+                    "measured",
+                    str(report.get("name", file.parent.name)),
+                    weights,
+                    _bits(report, "activations") or 16,
+                    "perplexity, packed model",
+                    float(metric["recovery"]),
+                    str(file),
+                    bool(report["recipe"]["quantization"].get("overrides")),
+                )
+            )
+    return found
+
+
+def expect(
+    weights: float, activations: float, evidence: Sequence[Evidence], mixed: bool = False
+) -> Expectation | None:
+    """The recovery to expect at these bits, or None if nothing is known about such weights.
+
+    Evidence of the same bits of weights and activations is used alone if there are at least two of it; otherwise all of
+    the same weights. The interval spans all that was seen, widened to what the sources claim: with a handful of
+    figures from different models, data and budgets a standard error would claim too much.
+    """
+    same_weights = [item for item in evidence if item.weights == weights and item.mixed == mixed]
+    exact = [item for item in same_weights if (item.activations < 16) == (activations < 16)]
+    used = exact if len(exact) >= 2 else same_weights
+    if not used:
+        return None
+    values = [item.recovery for item in used]
+    claims = [entry for entry in facts()["claimed"] if entry["weights"] == weights]
+    low = min([*values, *(claim["low"] for claim in claims)])
+    high = max([*values, *(claim["high"] for claim in claims)])
+    kinds = [sum(item.kind == kind for item in used) for kind in ("measured", "published")]
+    note = f"median and range of {kinds[0]} measured and {kinds[1]} published figures"
+    return Expectation(statistics.median(values), low, high, tuple(used), note)
+
+
+def typical_ptq_loss(weights: float, activations: float) -> tuple[float, str]:
+    """Relative loss of perplexity by post-training quantization where it was not measured, and its source."""
+    rows = [row for row in facts()["typical_ptq_loss"] if row["weights"] == weights]
+    if not rows:
+        rows = [min(facts()["typical_ptq_loss"], key=lambda row: abs(row["weights"] - weights))]
+    row = min(rows, key=lambda row: abs(row["activations"] - activations))
+    return row["loss"], row["source"]
+
+
+def serving_saving(weights: float) -> tuple[float, str]:
+    """Share of the serving cost that these weights save against 16 bits, and its source."""
+    row = min(facts()["serving_saving"], key=lambda row: abs(row["weights"] - weights))
+    return row["saving"], row["source"]
+
+
+@cache
+def facts() -> dict[str, Any]:
+    """The data file as it is."""
+    text = (files("qatapult.configs") / "evidence.yaml").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = yaml.safe_load(text)
+    return loaded
+
+
+def _bits(report: dict[str, Any], tensor: str) -> float | None:
+    grid = report.get("recipe", {}).get("quantization", {}).get(tensor)
+    return float(grid["bits"]) if grid else None
