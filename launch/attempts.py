@@ -19,7 +19,7 @@ from typing import Any
 
 from qatapult.launch.folder import LaunchFolder
 from qatapult.launch.owner import check_folder_is_ours
-from qatapult.launch.preemption import EXIT_REQUEUE
+from qatapult.trainer.loop.interrupt import INTERRUPTED as EXIT_REQUEUE
 from qatapult.trainer.recipe.errors import EXIT_STATUS, UserError
 from qatapult.trainer.run_folder import RunFolder, write_json
 

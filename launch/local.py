@@ -25,8 +25,8 @@ import psutil
 from qatapult.launch import attempts
 from qatapult.launch.folder import LaunchFolder, Submission, all_runs, prepare_run
 from qatapult.launch.owner import boot_id
-from qatapult.launch.preemption import EXIT_REQUEUE
 from qatapult.launch.script import engine_arguments
+from qatapult.trainer.loop.interrupt import INTERRUPTED as EXIT_REQUEUE
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Recipe
 from qatapult.trainer.run_folder import write_json
@@ -123,7 +123,7 @@ def cancel_local(launch: LaunchFolder) -> None:
 
 
 def tell(pid: int, number: signal.Signals) -> None:
-    """Send a signal to a process and to everything below it: launchers put ranks into sessions of their own."""
+    """Send a signal to a process and all below it: launchers put ranks into sessions of their own."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
         for each in [*process.children(recursive=True), process]:

@@ -12,9 +12,9 @@ import sys
 import traceback
 from pathlib import Path
 
-from qatapult.launch import preemption
 from qatapult.launch.attempts import write_outcome
 from qatapult.launch.folder import LaunchFolder
+from qatapult.trainer.loop.interrupt import INTERRUPTED, InterruptFlag
 from qatapult.trainer.recipe.errors import EXIT_STATUS, UserError
 from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.run_folder import RunFolder
@@ -27,14 +27,16 @@ def main() -> int:
         0 when the run is finished or asks for another attempt (the launcher would take any other status for a
         crash and kill the rest), 2 for what the user has to mend, 1 for a failure.
     """
-    preemption.install()
-    launch = LaunchFolder(RunFolder(Path(sys.argv[1])))
-    rank = int(os.environ.get("RANK", "0"))
-    _write_to(launch.rank_log(rank))
-    code, reason = _run(launch.run)
-    if code != 0:
-        write_outcome(launch, os.environ["QATAPULT_ATTEMPT"], rank, code, reason)
-    return 0 if code == preemption.EXIT_REQUEUE else code
+    with InterruptFlag() as flag:
+        launch = LaunchFolder(RunFolder(Path(sys.argv[1])))
+        rank = int(os.environ.get("RANK", "0"))
+        _write_to(launch.rank_log(rank))
+        code, reason = _run(launch.run)
+        if code == INTERRUPTED and flag.received is not None:
+            reason = flag.received.name
+        if code != 0:
+            write_outcome(launch, os.environ["QATAPULT_ATTEMPT"], rank, code, reason)
+        return 0 if code == INTERRUPTED else code
 
 
 def check_world() -> None:
@@ -62,7 +64,7 @@ def _run(run: RunFolder) -> tuple[int, str]:
         return EXIT_STATUS, str(error)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        return code, preemption.notice() or f"exit status {code}"
+        return code, f"exit status {code}"
     except (
         Exception
     ) as error:  # the process ends here: the traceback goes to its log, one line to the launcher

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from qatapult.launch.attempts import EXIT_FINISHED
-from qatapult.launch.preemption import EXIT_REQUEUE
 from qatapult.launch.profile import ClusterProfile
+from qatapult.trainer.loop.interrupt import INTERRUPTED as EXIT_REQUEUE
 from qatapult.trainer.recipe.errors import UserError
 
 JOB_LOG = "logs/slurm-%j.out"

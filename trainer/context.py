@@ -7,8 +7,7 @@ from functools import cached_property
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
+from qatapult.launch.owner import Owner
 from qatapult.trainer.console import Console
 from qatapult.trainer.data.blocks import TokenizedData, load_data
 from qatapult.trainer.evaluate.perplexity import Perplexity, perplexity
@@ -18,17 +17,22 @@ from qatapult.trainer.quantize.prepare import prepare
 from qatapult.trainer.recipe.schema import Quantization, Recipe
 from qatapult.trainer.run_folder import RunFolder
 from qatapult.trainer.tracking.trackers import Tracking
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
 class Context:
-    """A run in progress: recipe, folder, engine and terminal; model and data load when first needed."""
+    """A run in progress: recipe, folder, engine and terminal; model and data load when first needed.
+
+    `owner` is the main process's right to write into the run.
+    """
 
     recipe: Recipe
     run: RunFolder
     accelerator: Accelerator
     console: Console
     tracking: Tracking
+    owner: Owner | None = None
     _full_precision: PreTrainedModel | None = field(default=None, repr=False)
 
     @property

@@ -7,13 +7,14 @@ import json
 import sys
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from qatapult.launch.owner import Owner, claim
 from qatapult.trainer.console import Console
 from qatapult.trainer.context import Context
 from qatapult.trainer.data.blocks import check_data
 from qatapult.trainer.environment import describe_environment
 from qatapult.trainer.loop.engine import create_accelerator
-from qatapult.trainer.loop.interrupt import INTERRUPTED, Interrupted
+from qatapult.trainer.loop.interrupt import INTERRUPTED, Interrupted, current_flag
 from qatapult.trainer.models import check_model
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import differences, dump_recipe, load_recipe
@@ -46,7 +47,7 @@ def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False) 
     accelerator.wait_for_everyone()
     try:
         tracking = Tracking(accelerator, recipe, folder)
-        context = Context(recipe, folder, accelerator, console, tracking)
+        context = Context(recipe, folder, accelerator, console, tracking, owner)
         if accelerator.is_main_process:
             write_atomically(folder.recipe, dump_recipe(recipe))
             write_json(folder.environment, describe_environment(accelerator))
@@ -80,9 +81,12 @@ def check_inputs(recipe: Recipe, folder: RunFolder) -> None:
 
 def _run_stages(context: Context, owner: Owner | None) -> None:
     for stage in STAGES:
-        if context.run.stage(stage).exists():
+        done, told_to_stop = _agree(context, stage)
+        if done:
             context.console.stage(stage, "done before")
             continue
+        if told_to_stop:
+            raise Interrupted
         context.console.stage(stage)
         result = None
         if stage in _SHARED_STAGES or context.accelerator.is_main_process:
@@ -91,6 +95,17 @@ def _run_stages(context: Context, owner: Owner | None) -> None:
             with owner.writing():
                 write_json(context.run.stage(stage), result)
         context.accelerator.wait_for_everyone()
+
+
+def _agree(context: Context, stage: str) -> tuple[bool, bool]:
+    """Whether a stage is done already, and whether any process was told to stop: the same answer everywhere.
+
+    A slow process may look when the main one has just finished the stage, so only the main one's look counts.
+    """
+    flag = current_flag()
+    mine = [context.run.stage(stage).exists(), flag is not None and flag.received is not None]
+    everyone = gather_object([mine])
+    return everyone[0][0], any(told for _, told in everyone)
 
 
 def _finish(context: Context, as_json: bool) -> None:

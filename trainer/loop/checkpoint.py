@@ -6,12 +6,13 @@ import hashlib
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-
+from qatapult.launch.owner import Owner
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.run_folder import write_json
 
@@ -50,14 +51,19 @@ class TrainerState:
     phase: int | None = None
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, state: TrainerState) -> None:
+def save_checkpoint(
+    accelerator: Accelerator, folder: Path, state: TrainerState, owner: Owner | None = None
+) -> None:
     """Write a checkpoint with all processes together; it appears under its name only when it is whole.
 
     Args:
         accelerator: holds model, optimizer and random states.
         folder: `checkpoints/step-<n>`.
         state: the rest.
+        owner: the main process's right to write into the run.
     """
+    if owner is not None:
+        owner.check()
     building = folder.with_name(f".{folder.name}.building")
     if accelerator.is_main_process:
         shutil.rmtree(building, ignore_errors=True)
@@ -68,9 +74,10 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, state: TrainerState)
     if accelerator.is_main_process:
         write_json(building / _STATE, asdict(state))
         write_json(building / _MANIFEST, {"files": _checksums(building)})
-        if folder.exists():
-            shutil.rmtree(folder)
-        building.rename(folder)
+        with owner.writing() if owner is not None else nullcontext():
+            if folder.exists():
+                shutil.rmtree(folder)
+            building.rename(folder)
     accelerator.wait_for_everyone()
 
 

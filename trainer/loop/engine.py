@@ -6,7 +6,7 @@ import os
 from datetime import timedelta
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs, PartialState
 
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Qat, Recipe
@@ -23,8 +23,11 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     """
     backend = None if torch.cuda.is_available() else "gloo"
     handlers = [InitProcessGroupKwargs(backend=backend, timeout=_LONGEST_WAIT)]
-    state = PartialState(backend=backend, timeout=_LONGEST_WAIT) if _distributed() else PartialState()
-    _check_world_size(state.num_processes)
+    if _distributed():
+        state = PartialState(cpu=_plain_ddp_on_cpu(), backend=backend, timeout=_LONGEST_WAIT)
+    else:
+        state = PartialState()
+    _check_world_size(state)
     return Accelerator(
         mixed_precision=autocast_precision(recipe.qat),
         gradient_accumulation_steps=micro_batches(recipe, state.num_processes),
@@ -65,8 +68,19 @@ def _distributed() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _check_world_size(actual: int) -> None:
+def _plain_ddp_on_cpu() -> bool:
+    """Whether to tell Accelerate that it is on the CPU.
+
+    Without being told it forms a world in which nothing is reduced; told, it takes DeepSpeed and FSDP for DDP.
+    """
+    sharded = any(os.environ.get(f"ACCELERATE_USE_{engine}") == "true" for engine in ("DEEPSPEED", "FSDP"))
+    return not torch.cuda.is_available() and not sharded
+
+
+def _check_world_size(state: PartialState) -> None:
     promised = int(os.environ.get("WORLD_SIZE", "1"))
+    # Accelerate can know of other processes and still reduce and gather nothing.
+    actual = 1 if state.distributed_type == DistributedType.NO else state.num_processes
     if actual != promised:
         raise UserError(
             f"the launcher promised {promised} processes and {actual} found each other; check the Accelerate "

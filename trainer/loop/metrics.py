@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 
+from qatapult.launch.owner import Owner
 from qatapult.trainer.run_folder import RunFolder, write_atomically
 from qatapult.trainer.tracking.trackers import Tracking
 
@@ -18,6 +20,7 @@ class MetricsLog:
         tracking: experiment trackers.
         full_precision: perplexity of the full-precision model, for `recovery/perplexity`.
         ptq: perplexity of round-to-nearest, likewise.
+        owner: the right to write into the run; what another attempt took over is not written any more.
     """
 
     def __init__(
@@ -26,7 +29,9 @@ class MetricsLog:
         tracking: Tracking | None = None,
         full_precision: float | None = None,
         ptq: float | None = None,
+        owner: Owner | None = None,
     ) -> None:
+        self.owner = owner
         self._run = run
         self._tracking = tracking
         self._full_precision = full_precision
@@ -65,5 +70,6 @@ class MetricsLog:
         if self._run is None:
             return
         self._run.metrics.parent.mkdir(parents=True, exist_ok=True)
-        with self._run.metrics.open("a", encoding="utf-8") as file:
+        ours = self.owner.writing() if self.owner is not None else nullcontext()
+        with ours, self._run.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -9,9 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from qatapult.trainer.console import Console
 from qatapult.trainer.data.blocks import TokenizedData
 from qatapult.trainer.distill.student import LossParts, Student
@@ -33,6 +30,8 @@ from qatapult.trainer.loop.quantization_schedule import apply_schedule
 from qatapult.trainer.loop.schedules import rate_factor
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Recipe
+from torch import Tensor
+from transformers import PreTrainedModel
 
 _EVALUATION_BATCH = 4
 
@@ -291,7 +290,8 @@ class Trainer:
         return bool(self.accelerator.reduce(due.to(self.accelerator.device), "sum") > 0)
 
     def _save(self) -> None:
-        save_checkpoint(self.accelerator, self.checkpoints / f"step-{self.state.step}", self.state)
+        folder = self.checkpoints / f"step-{self.state.step}"
+        save_checkpoint(self.accelerator, folder, self.state, self.log.owner)
         if self.accelerator.is_main_process:
             prune_checkpoints(self.checkpoints, self.qat.checkpoints.keep, self.state.best_step)
         self._last_checkpoint = time.monotonic()
@@ -302,6 +302,9 @@ class Trainer:
             self.state = load_checkpoint(self.accelerator, whole[-1])
             self.log.truncate(self.state.step)
             self.console.say(f"resuming from step {self.state.step} of {self.steps}")
+        else:
+            # An attempt that died before its first checkpoint left lines that are about to be written again.
+            self.log.truncate(0)
 
     def _shared_losses(self, ids: Tensor) -> Tensor:
         """Token losses of a batch, each process computing its share of the blocks."""

@@ -98,7 +98,7 @@ def metrics_log(context: Context) -> MetricsLog:
     baseline = context.run.read_stage("baseline")["perplexity"]
     rtn = context.run.read_stage("ptq")["methods"]["rtn"]["perplexity"]
     run = context.run if context.accelerator.is_main_process else None
-    return MetricsLog(run, context.tracking, baseline, rtn)
+    return MetricsLog(run, context.tracking, baseline, rtn, context.owner)
 
 
 def save_trained(context: Context, trainer: Trainer) -> None:
