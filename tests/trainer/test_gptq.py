@@ -39,6 +39,22 @@ def output_error(inputs: torch.Tensor, weight: torch.Tensor, approximation: torc
     return float((inputs @ (weight - approximation).t()).square().sum())
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.describe())
+def test_codes_of_each_column_are_the_grid_codes_of_its_compensated_weight(scheme: Scheme) -> None:
+    """The loop rounds without the kernels' functions: here its errors are followed with them."""
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(7))
+    scale, zero_point = choose_range(weight, scheme)
+    factor = Factor(hessian_of(correlated(256, 64)), 0.01, act_order=False)
+    _, codes = gptq_weight(weight, factor, scheme, scale, zero_point)
+    rest = weight.clone()
+    for i in range(64):
+        expected = quantize(rest, scale, zero_point, scheme)[:, i]
+        assert (codes[:, i] == expected).float().mean() > 0.98  # sums in another order may cross a border
+        value = dequantize(codes, scale, zero_point, scheme)[:, i]
+        error = (rest[:, i] - value) / factor.inverse_root[i, i]
+        rest[:, i + 1 :] -= torch.outer(error, factor.inverse_root[i, i + 1 :])
+
+
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.describe())
 def test_error_of_outputs_is_below_round_to_nearest(scheme: Scheme, act_order: bool) -> None:

@@ -1,9 +1,9 @@
-"""AWQ: scale up the input channels that matter, so that rounding hurts them less, then clip each block's range.
+"""AWQ: scale up the input channels that matter, so that rounding hurts them less, then clip the ranges.
 
-Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", arXiv:2306.00978,
-section 3.2: the factor of channel j is `mean|X_j|^α`, with the α of a grid that gives the least error of the
-outputs, and the layer before is divided by it; then the range of each block of weights is shrunk where that
-lowers the error further. Errors of outputs are computed from the inputs' second moments `H` as
+Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
+arXiv:2306.00978, section 3.2: the factor of channel j is `mean|X_j|^α`, with the α of a grid that gives the
+least error of the outputs, and the layer before is divided by it; then the range of each row of weights is
+shrunk where that lowers the error further. Errors of outputs are computed from the inputs' second moments `H` as
 `trace((W − Ŵ) H (W − Ŵ)ᵀ)`, which is the mean squared error over all calibration tokens without keeping them.
 """
 
@@ -112,7 +112,8 @@ def _scaled_error(layer: nn.Linear, factor: Tensor, hessian: Tensor) -> float:
         return 0.0
     weight = layer.weight.float()
     scaled = weight * factor
-    rounded = _rounded(scaled, *choose_range(scaled, layer.weight_scheme), layer.weight_scheme)
+    scale, zero_point = choose_range(scaled, layer.weight_scheme)
+    rounded = _rounded(scaled, scale, zero_point, layer.weight_scheme)
     return float(_errors(weight - rounded / factor, hessian).sum())
 
 

@@ -1,8 +1,8 @@
 """Where a factor can move between a layer's output channels and the next layer's input channels for nothing.
 
-In a LLaMA-class block four places are linear in between: from each norm into the linears that read it, from the
-values (`v_proj`) through the attention's average into `o_proj`, and from `up_proj` through the product with the
-gate into `down_proj`.
+In a LLaMA-class block four places are linear in between: from each norm into the linears that read it, from
+the values (`v_proj`) through the attention's average into `o_proj`, and from `up_proj` through the product
+with the gate into `down_proj`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class Fold:
     repeats: int = 1
 
     def shared(self, per_channel: Tensor) -> Tensor:
-        """Largest of a statistic `[K]` over the consumer's channels that come from one channel of the producer.
+        """Largest of a statistic over the consumers' channels that come from one channel of the producer.
+
+        Args:
+            per_channel: `[K]`.
 
         Returns:
             `[K]`, with equal values for channels that must have equal factors.
@@ -69,8 +72,8 @@ def folds_of(block: nn.Module) -> Iterator[Fold]:
     """
     try:
         attention, mlp = block.get_submodule("self_attn"), block.get_submodule("mlp")
-        query, key, value, output = (attention.get_submodule(f"{name}_proj") for name in "qkvo")
-        gate, up, down = (mlp.get_submodule(f"{name}_proj") for name in ("gate", "up", "down"))
+        query, key, value, output = (_linear(attention, f"{name}_proj") for name in "qkvo")
+        gate, up, down = (_linear(mlp, f"{name}_proj") for name in ("gate", "up", "down"))
         first, second = (
             block.get_submodule(name) for name in ("input_layernorm", "post_attention_layernorm")
         )
@@ -79,15 +82,12 @@ def folds_of(block: nn.Module) -> Iterator[Fold]:
             f"ptq: {type(block).__name__} is not built like a LLaMA block ({error}); "
             "awq, smoothquant and hadamard need one: use rtn or gptq"
         ) from None
-    linears = (query, key, value, output, gate, up, down)
-    if not all(isinstance(linear, nn.Linear) for linear in linears):
-        raise UserError(f"ptq: projections of {type(block).__name__} are not linears: use rtn or gptq")
     # The norm of Gemma multiplies with 1 + weight.
     if not (_multiplies_with_weight(first) and _multiplies_with_weight(second)):
         raise UserError(f"ptq: {type(first).__name__} does not multiply with its weight: use rtn or gptq")
     yield Fold(first, (query, key, value))
-    repeats = _weight(output).shape[1] // _weight(value).shape[0]
-    yield Fold(value, (output,), int(attention.head_dim), repeats)
+    repeats = output.in_features // value.out_features
+    yield Fold(value, (output,), int(getattr(attention, "head_dim", 0)), repeats)
     yield Fold(second, (gate, up))
     yield Fold(up, (down,))
 
@@ -107,6 +107,13 @@ def set_range(layer: QuantizedWeight, scale: Tensor, zero_point: Tensor | None) 
     layer.weight_scale.copy_(scale)
     if zero_point is not None and layer.weight_zero_point is not None:
         layer.weight_zero_point.copy_(zero_point)
+
+
+def _linear(parent: nn.Module, name: str) -> nn.Linear:
+    layer = parent.get_submodule(name)
+    if not isinstance(layer, nn.Linear):
+        raise AttributeError(f"{name} is a {type(layer).__name__}")
+    return layer
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -1,15 +1,16 @@
 """Rotations of a LLaMA-class model's hidden space that leave its outputs as they are.
 
-RMSNorm without weights commutes with orthogonal matrices, so the residual stream can be turned by any orthogonal
-`Q` that is folded into the weights on both of its sides: outliers spread over all channels, and grids fit better.
-This is the offline half of QuaRot (Ashkboos et al., arXiv:2404.00456, section 4, stages 1a and 1b: `R1` on the
-residual stream, `R2` on each value head); the online Hadamard transforms before `down_proj` and on queries and
-keys would change the model that is served, and are left out.
+RMSNorm without weights commutes with orthogonal matrices, so the residual stream can be turned by any
+orthogonal `Q` that is folded into the weights on both of its sides: outliers spread over all channels, and
+grids fit better. This is the offline half of QuaRot (Ashkboos et al., arXiv:2404.00456, section 4, stages 1a
+and 1b: `R1` on the residual stream, `R2` on each value head); the online Hadamard transforms before
+`down_proj` and on queries and keys would change the model that is served, and are left out.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -96,10 +97,8 @@ def fold_norms(model: PreTrainedModel) -> None:
     for block in decoder_blocks(model):
         for fold in folds_of(block):
             if not isinstance(fold.producer, nn.Linear):
-                fold.apply(_weight(fold.producer).clone())
-    last, head = _last_norm(model), model.get_output_embeddings()
-    _weight(head).mul_(_weight(last))
-    _weight(last).fill_(1)
+                _fold_norm(fold.producer, fold.consumers)
+    _fold_norm(_last_norm(model), (model.get_output_embeddings(),))
 
 
 @torch.no_grad()
@@ -139,13 +138,19 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def is_rotated_checkpoint(names: set[str], model: PreTrainedModel) -> bool:
-    """Whether tensors of these names hold a head of its own, though the model ties its head to the embeddings."""
+    """Whether tensors of these names hold an output head, though the model ties it to the embeddings."""
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     embeddings = next(
         name for name, module in model.named_modules() if module is model.get_input_embeddings()
     )
     tied = _weight(model.get_output_embeddings()) is _weight(model.get_input_embeddings())
     return tied and {f"{head}.weight", f"{embeddings}.weight"} <= names
+
+
+def _fold_norm(norm: nn.Module, readers: Sequence[nn.Module]) -> None:
+    for reader in readers:
+        _weight(reader).mul_(_weight(norm))
+    _weight(norm).fill_(1)
 
 
 def _turn_inputs(layer: nn.Module, turn: Tensor) -> None:
