@@ -42,7 +42,7 @@ def check_model(model: Model) -> None:
     if source.startswith("random:"):
         _random_shape(source)
     elif source.startswith("package:") or source.endswith(".gguf"):
-        _check_gguf(_gguf_path(source), source)
+        _check_gguf(gguf_path(source), source)
     elif Path(source).is_dir():
         _check_folder(Path(source), model)
     elif source.startswith((".", "/", "~")):
@@ -114,13 +114,18 @@ def local_source(model: Model) -> Path | str:
     """Folder or hub id that transformers loads; GGUF files are converted once and cached."""
     source = model.source
     if source.startswith("package:") or source.endswith(".gguf"):
-        path = _gguf_path(source)
+        path = gguf_path(source)
         _check_gguf(path, source)
         return _converted_gguf(path)
     return source
 
 
-def _gguf_path(source: str) -> Path:
+def gguf_path(source: str) -> Path:
+    """File of a GGUF source.
+
+    Raises:
+        UserError: if a package is not installed or holds no such file.
+    """
     if not source.startswith("package:"):
         return Path(source).expanduser()
     package, _, inner = source.removeprefix("package:").partition("/")

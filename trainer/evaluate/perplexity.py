@@ -83,10 +83,29 @@ def perplexity(
     """
     device = model.get_input_embeddings().weight.device
     compute = losses_of or (lambda ids: token_losses(model, ids))
+    return document_losses(lambda ids: compute(ids.to(device)), blocks, documents, batch_size, on_progress)
+
+
+def document_losses(
+    losses_of: Callable[[Tensor], Tensor],
+    blocks: Tensor,
+    documents: Tensor,
+    batch_size: int = 4,
+    on_progress: Callable[[int], None] | None = None,
+) -> Perplexity:
+    """Held-out perplexity of anything that gives token losses.
+
+    Args:
+        losses_of: computes token losses `[B, S − 1]` of token ids `[B, S]`.
+        blocks: token ids, int64 `[blocks, S]`.
+        documents: document of each token, the shape of `blocks`.
+        batch_size: blocks at a time.
+        on_progress: called with the number of tokens done.
+    """
     per_document: dict[int, list[float]] = {}
     done = 0
     for ids, owners in zip(blocks.split(batch_size), documents.split(batch_size), strict=True):
-        losses = compute(ids.to(device)).double().cpu()
+        losses = losses_of(ids).double().cpu()
         for owner in owners[:, 1:].unique().tolist():
             inside = owners[:, 1:] == owner
             entry = per_document.setdefault(owner, [0.0, 0])
