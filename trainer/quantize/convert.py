@@ -20,6 +20,7 @@ class PackedLinear(nn.Module):
         weight_scale: fp32, `weight_scheme.scale_shape((N, K))`.
         weight_zero_point: fp32 integers of the same shape, or None.
         bias: `[N]` or None.
+        activation_clip: fp32 `[1]`, bound of the inputs' magnitude (PACT), or None.
         calls: forward passes since it was made; the evaluation reports which kernels really ran.
     """
 
@@ -27,6 +28,7 @@ class PackedLinear(nn.Module):
     weight_scale: Tensor
     weight_zero_point: Tensor | None
     bias: Tensor | None
+    activation_clip: Tensor | None
 
     def __init__(
         self,
@@ -36,6 +38,7 @@ class PackedLinear(nn.Module):
         bias: Tensor | None,
         weight_scheme: Scheme,
         activation_scheme: Scheme | None,
+        activation_clip: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = codes.shape
@@ -46,6 +49,7 @@ class PackedLinear(nn.Module):
         zero_point = None if weight_zero_point is None else weight_zero_point.detach().round()
         self.register_buffer("weight_zero_point", zero_point)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.register_buffer("activation_clip", None if activation_clip is None else activation_clip.detach().clone())
         self.calls = 0
         self._prepared: PreparedWeight | None = None
 
@@ -54,7 +58,15 @@ class PackedLinear(nn.Module):
         """Pack a trained layer: the same codes and scales that its last forward used."""
         assert layer.weight_scheme is not None
         scale, zero_point = layer.grid()
-        return cls(layer.codes(), scale, zero_point, layer.bias, layer.weight_scheme, layer.activation_scheme)
+        return cls(
+            layer.codes(),
+            scale,
+            zero_point,
+            layer.bias,
+            layer.weight_scheme,
+            layer.activation_scheme,
+            layer.activation_clip,
+        )
 
     @property
     def kind(self) -> str:
@@ -85,6 +97,8 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x `[..., K]`; `[..., N]` in x's dtype."""
         self.calls += 1
+        if self.activation_clip is not None:
+            x = x.clamp(-self.activation_clip, self.activation_clip)
         return packed_linear(
             x, self.prepared(), bias=self.bias, activation_scheme=self.activation_scheme, out_dtype=x.dtype
         )

@@ -18,7 +18,6 @@ from qatapult.kernels import (
     fake_quantize_dynamic,
     quantize,
     quantized_linear,
-    scale_from_clip,
 )
 
 #: Where scales come from: `learned` (LSQ), `learned_with_zero_point` (LSQ+), or `recomputed` from the weights.
@@ -35,6 +34,7 @@ class QuantizedWeight(nn.Module):
         weight: full-precision weight, `[N, K]` (convolutions: `[N, C, kH, kW]`, on the grid as `[N, C·kH·kW]`).
         weight_scale: fp32, `weight_scheme.scale_shape`; a parameter where it is learned, else a buffer.
         weight_zero_point: fp32 integers of the same shape, or None on a symmetric grid.
+        activation_clip: fp32 `[1]`, learned bound of the inputs' magnitude (PACT), or None.
         weight_scheme: the weight's grid, or None to leave it in full precision.
         activation_scheme: the input's grid, or None.
         scale_source: see `ScaleSource`.
@@ -45,6 +45,7 @@ class QuantizedWeight(nn.Module):
     weight: nn.Parameter
     weight_scale: Tensor | None
     weight_zero_point: Tensor | None
+    activation_clip: nn.Parameter | None
 
     def configure(
         self,
@@ -60,7 +61,7 @@ class QuantizedWeight(nn.Module):
         self.quantize_weights = True
         self.quantize_activations = True
         self.integer_forward: Literal["auto", "integer", "fake"] = "auto"
-        for name in ("weight_scale", "weight_zero_point"):
+        for name in ("weight_scale", "weight_zero_point", "activation_clip"):
             self.__dict__.pop(name, None)
             self._parameters.pop(name, None)
             self._buffers.pop(name, None)
@@ -68,8 +69,8 @@ class QuantizedWeight(nn.Module):
             self.weight_scale = self.weight_zero_point = None
         else:
             self._register_scales(*choose_range(self.weight_matrix(), weight_scheme))
-        if learned_clip:
-            self.activation_clip = nn.Parameter(torch.full((1,), float("nan")))
+        # Infinite until `calibrate_clips` has seen activations: it then clips nothing.
+        self.activation_clip = nn.Parameter(torch.full((1,), float("inf"))) if learned_clip else None
 
     def _register_scales(self, scale: Tensor, zero_point: Tensor | None) -> None:
         if self.scale_source == "recomputed":
@@ -116,18 +117,21 @@ class QuantizedWeight(nn.Module):
         assert self.weight_scheme is not None
         return quantize(self.weight_matrix(), *self.grid(), self.weight_scheme)
 
+    def clipped_input(self, x: Tensor) -> Tensor:
+        """The input within the learned clip, if there is one (PACT, arXiv:1805.06085, on both sides).
+
+        The clip's gradient is that of the elements beyond it; the range is then chosen among what is left.
+        """
+        if self.activation_clip is None or not self.quantize_activations:
+            return x
+        clip = self.activation_clip.to(x.dtype)
+        return torch.minimum(torch.maximum(x, -clip), clip)
+
     def fake_quantized_input(self, x: Tensor) -> Tensor:
         """The layer's input as its grid represents it."""
         if self.activation_scheme is None or not self.quantize_activations:
             return x
-        clip = getattr(self, "activation_clip", None)
-        if clip is None:
-            return fake_quantize_dynamic(x, self.activation_scheme)
-        if bool(clip.isnan().any()):  # first batch: start from its own range
-            with torch.no_grad():
-                clip.copy_(x.detach().abs().max().float())
-        scale = scale_from_clip(clip.clamp(min=_SMALLEST_SCALE), self.activation_scheme)
-        return fake_quantize(x, scale, scheme=self.activation_scheme, gradient="pact")
+        return fake_quantize_dynamic(self.clipped_input(x), self.activation_scheme)
 
 
 class QuantLinear(QuantizedWeight, nn.Linear):
@@ -136,11 +140,11 @@ class QuantLinear(QuantizedWeight, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x `[..., K]` with the quantized weight; `[..., N]` in x's (or autocast's) dtype."""
         activation_scheme = self.activation_scheme if self.quantize_activations else None
-        if self.weight_scheme is None or not self.quantize_weights or hasattr(self, "activation_clip"):
+        if self.weight_scheme is None or not self.quantize_weights:
             return nn.functional.linear(self.fake_quantized_input(x), self.fake_quantized_weight(), self.bias)
         scale, zero_point = self.grid()
         return quantized_linear(
-            x,
+            self.clipped_input(x),
             self.weight,
             scale,
             zero_point,

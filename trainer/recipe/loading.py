@@ -7,7 +7,7 @@ import io
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -32,7 +32,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     merged = _read_with_parents(_locate(path), depth=0)
     for override in overrides:
-        merged = cast(DictConfig, OmegaConf.merge(merged, _parse_override(override)))
+        _apply_override(merged, override)
     try:
         data = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
@@ -63,7 +63,8 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 def describe_validation_error(error: ValidationError, model: type[BaseModel]) -> str:
     """The first of pydantic's complaints as one line: field, value, what would be right."""
-    first = error.errors()[0]
+    # A misspelt field also makes the right one missing: the misspelling explains more.
+    first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         known = _fields_at(model, first["loc"][:-1])
@@ -107,21 +108,23 @@ def _read_with_parents(file: Path, depth: int) -> DictConfig:
     for parent in [parents] if isinstance(parents, str) else parents:
         beside = file.parent / parent
         merged.merge_with(_read_with_parents(beside if beside.is_file() else _locate(parent), depth + 1))
-    merged.merge_with(loaded)
+    try:
+        merged.merge_with(loaded)
+    except TypeError as error:
+        raise UserError(f"{file} does not fit what it extends: {_first_line(error)}") from None
     return merged
 
 
-def _parse_override(override: str) -> DictConfig:
+def _apply_override(recipe: DictConfig, override: str) -> None:
+    """Set `key=value`; the value replaces what stood there, sections included."""
     key, equals, value = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override {override!r} is not key=value, such as qat.tokens=100000")
     try:
         parsed = yaml.safe_load(value) if value else None
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {_first_line(error)}") from None
-    result = OmegaConf.create({})
-    OmegaConf.update(result, key.strip(), parsed, force_add=True)
-    return result
+        OmegaConf.update(recipe, key.strip(), parsed, merge=False, force_add=True)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"override {override!r} cannot be applied: {_first_line(error)}") from None
 
 
 def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -11,6 +11,7 @@ from safetensors.torch import save_model as save_tensors
 from transformers import PreTrainedModel
 
 from qatapult.trainer.context import Context
+from qatapult.trainer.quantize.clipping import calibrate_clips
 from qatapult.trainer.recipe.schema import PtqMethod, Quantization
 
 #: Methods that round to the nearest grid point and differ in the range alone.
@@ -51,12 +52,14 @@ def run(context: Context) -> dict[str, Any]:
 def quantize(context: Context, method: PtqMethod | str) -> PreTrainedModel:
     """A fresh model, prepared and quantized by a method."""
     quantization = context.recipe.quantization
-    if method in _ROUND_TO_NEAREST:
-        return context.load_prepared(with_range(quantization, _ROUND_TO_NEAREST[method]))
-    model = context.load_prepared()
-    module = importlib.import_module(f"qatapult.trainer.quantize.ptq.{method}")
     calibration = context.data.train[: context.recipe.ptq.calibration.blocks].to(context.device)
-    module.quantize(model, calibration, context.recipe.ptq, quantization)
+    if method in _ROUND_TO_NEAREST:
+        model = context.load_prepared(with_range(quantization, _ROUND_TO_NEAREST[method]))
+    else:
+        model = context.load_prepared()
+        module = importlib.import_module(f"qatapult.trainer.quantize.ptq.{method}")
+        module.quantize(model, calibration, context.recipe.ptq, quantization)
+    calibrate_clips(model, calibration)
     return model
 
 
