@@ -16,6 +16,7 @@ COMMAND_MODULES = (
     "qatapult.trainer.commands.recipe",
     "qatapult.trainer.commands.plan",
     "qatapult.trainer.commands.advise",
+    "qatapult.trainer.commands.search",
     "qatapult.trainer.commands.report",
     "qatapult.trainer.commands.compare",
     "qatapult.trainer.commands.dashboard",

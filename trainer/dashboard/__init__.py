@@ -1,0 +1,1 @@
+"""A live page over a folder of runs: `qatapult dashboard`. Read-only."""
