@@ -195,9 +195,9 @@ def test_impossible_figures_get_one_clear_line(arguments: list[str], message: st
 
 def test_command_prints_words_json_and_a_plot(tmp_path: Path) -> None:
     plot = tmp_path / "advice.png"
-    base = ["advise", "smollm2-135m-w4a8", "model.source=random:llama-2-7b", "--no-measure", "--training-days", "4",
-            "--tokens-per-day", "1e9", "--price-per-million", "0.27", "--runs", str(tmp_path), "--study", str(tmp_path),
-            "--start", "2026-01-01"]  # fmt: skip
+    base = ["advise", "smollm2-135m-w4a8", "model.source=random:llama-2-7b", "--no-measure",
+            "--training-days", "4", "--tokens-per-day", "1e9", "--price-per-million", "0.27",
+            "--runs", str(tmp_path), "--study", str(tmp_path), "--start", "2026-01-01"]  # fmt: skip
     words = CliRunner().invoke(app, [*base, "--plot", str(plot)])
     assert words.exit_code == 0, words.output
     assert "break-even" in words.stdout

@@ -64,7 +64,6 @@ def test_model_states_are_those_of_the_zero_paper() -> None:
     states = {}
     for engine in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
         needs = memory(plan, shape, cluster, Setting(engine, "none", True, 1, "none"))
-        # DDP frees gradients between steps; at 2 blocks a process they still exist when the backward pass ends.
         states[engine] = (needs.weights + needs.gradients + needs.optimizer) / shape.parameters
     assert states == pytest.approx(
         {"ddp": 16, "zero1": 4 + 12 / 64, "zero2": 2 + 14 / 64, "zero3": 16 / 64, "fsdp2": 16 / 64}

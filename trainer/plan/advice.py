@@ -238,7 +238,8 @@ def _judge(
 ) -> tuple[Verdict, list[str]]:
     tolerance = situation.tolerance
     reasons = [
-        f"Post-training quantization loses {loss:.1%} of perplexity ({source}); {tolerance:.1%} is acceptable."
+        f"Post-training quantization loses {loss:.1%} of perplexity ({source}); "
+        f"{tolerance:.1%} is acceptable."
     ]
     if loss <= tolerance:
         reasons.append(

@@ -67,7 +67,7 @@ def published() -> list[Evidence]:
 
 
 def measured(folders: Sequence[Path]) -> list[Evidence]:
-    """Recoveries from `report.json` files below these folders: finished runs, and studies kept in the documentation.
+    """Recoveries from `report.json` files below these folders: finished runs and kept studies.
 
     A report without a recovery (nothing was lost, or training was left out) is no evidence and is skipped.
     """
@@ -99,9 +99,10 @@ def expect(
 ) -> Expectation | None:
     """The recovery to expect at these bits, or None if nothing is known about such weights.
 
-    Evidence of the same bits of weights and activations is used alone if there are at least two of it; otherwise all of
-    the same weights. The interval spans all that was seen, widened to what the sources claim: with a handful of
-    figures from different models, data and budgets a standard error would claim too much.
+    Evidence of the same bits of weights and activations is used alone if there are at least two of it;
+    otherwise all of the same weights. The interval spans all that was seen, widened to what the sources
+    claim: with a handful of figures from different models, data and budgets a standard error would claim too
+        much.
     """
     same_weights = [item for item in evidence if item.weights == weights and item.mixed == mixed]
     exact = [item for item in same_weights if (item.activations < 16) == (activations < 16)]

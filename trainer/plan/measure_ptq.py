@@ -1,4 +1,4 @@
-"""The loss of post-training quantization of a recipe's own model: measured first, because it may be the answer."""
+"""The loss of post-training quantization of the model itself: measured first, it may be the answer."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ def print_advice(advice: Advice, console: Console) -> None:
     for reason in advice.reasons:
         console.print(f"  {reason}", highlight=False)
     console.print(
-        f"Matrix, {situation.scenario} at {situation.weight_bits:g} bits: {advice.matrix.action} — {advice.matrix.why}.",
+        f"Matrix, {situation.scenario} at {situation.weight_bits:g} bits: "
+        f"{advice.matrix.action} — {advice.matrix.why}.",
         highlight=False,
     )
     console.print(_money(advice))
@@ -43,7 +44,7 @@ def matrix_table() -> Table:
 
 
 def plot_advice(advice: Advice, path: Path) -> None:
-    """Money over two years: what training cost and what serving saved since, with the sensitivity as thin lines."""
+    """Money over two years: cost of training, savings since, and the sensitivity as thin lines."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -83,8 +83,8 @@ def make_budget(
         groups: the decisions.
         candidates: what each may be.
         other_weights: number of weights outside of the groups.
-        latency: for `tokens_per_second`, a JSON file `{"other_ms": 1.5, "ms": {"1536x576": {"4": 0.1, "8": 0.2}}}`
-            with milliseconds a token of a layer of `N`x`K` weights, by bits or by candidate name.
+        latency: for `tokens_per_second`, a JSON file `{"other_ms": 1.5, "ms": {"1536x576": {"4": 0.1, "8":
+            0.2}}}` with milliseconds a token of a layer of `N`x`K` weights, by bits or by candidate name.
 
     Raises:
         UserError: for a budget that no assignment can meet; the message says what the least is.

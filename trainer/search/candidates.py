@@ -71,6 +71,8 @@ def _parse(text: str, base: TensorScheme) -> TensorScheme:
         fields |= {"granularity": where, "group_size": None}
     if fields["bits"] > 2:
         fields["grid"] = "integer"
+    if fields["bits"] == 8 and fields["range"] == "mse":
+        fields["range"] = "minmax"  # with 256 levels there is nothing to search for
     try:
         return TensorScheme.model_validate(fields)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""Divergence of a quantized model's output from the full-precision one's, measured as fast as a search needs it."""
+"""Divergence of a quantized model's output from the full-precision one's, as fast as a search needs it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ _CHUNK_TOKENS = 256
 class Divergence:
     """Mean KL(teacher ‖ student) a token over calibration text, in nats.
 
-    The teacher's log-probabilities are computed once and kept in fp16 (for 2,048 tokens of a vocabulary of 49,152:
-    200 MB). A measurement that differs from a reference assignment only from some block on starts at that block,
+    The teacher's log-probabilities are computed once and kept in fp16 (for 2,048 tokens of a vocabulary of
+    49,152: 200 MB). A measurement that differs from a reference assignment only from some block on starts at
+        that block,
     with the hidden states that the reference had there.
 
     Args:
@@ -121,7 +122,7 @@ class Divergence:
 
 @contextmanager
 def _from_block(model: PreTrainedModel, start: int) -> Iterator[None]:
-    """Let the decoder begin at a block: its inputs are then that block's, and positions and mask stay its own."""
+    """Let the decoder begin at a block: its inputs are then that block's."""
     body, blocks = decoder(model), decoder_blocks(model)
     name = next(name for name, child in body.named_children() if child is blocks)
     setattr(body, name, blocks[start:])

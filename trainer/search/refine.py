@@ -1,8 +1,9 @@
 """Refinement where layers interact: whole assignments are measured, and Optuna proposes which.
 
-The integer program believes that changes add up. Around its answer they do not quite: so Optuna's multi-objective
-sampler varies the gains it believes in, for the groups whose membership is in doubt, and the budget; every proposal is
-solved exactly, hence within its budget, and measured whole. Objectives are use of the budget and divergence.
+The integer program believes that changes add up. Around its answer they do not quite: so Optuna's
+multi-objective sampler varies the gains it believes in, for the groups whose membership is in doubt, and the
+budget; every proposal is solved exactly, hence within its budget, and measured whole. Objectives are use of
+the budget and divergence.
 """
 
 from __future__ import annotations

@@ -143,7 +143,6 @@ def search(recipe: Recipe, settings: SearchSettings, folder: Path, console: Cons
             measure(other)
     with console.progress(settings.trials, "refining") as meter:
         refine(costs, budgets, measure, settings.trials, recipe.seed, deadline, meter.update)
-    state.seconds += time.monotonic() - started
     state.save()
     return _result(groups, candidates, budgets, reference, reference_value, costs, estimates, state)
 
@@ -242,7 +241,7 @@ def _costs(
     slope: NDArray[np.float64],
     state: SearchState,
 ) -> NDArray[np.float64]:
-    """Change of the divergence by each choice: measured, or the slope scaled to the measured ones where time ran out."""
+    """Change of the divergence by each choice: measured, or the scaled slope where time ran out."""
     costs = np.full(slope.shape, np.nan)
     for i, group in enumerate(groups):
         costs[i, reference[i]] = 0.0

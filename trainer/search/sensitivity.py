@@ -1,13 +1,14 @@
 """What each group loses on each candidate's grid, by three measures.
 
-`divergence` is measured: the output's KL with one group switched, everything else on the recipe's grid. `fisher` and
-`hessian` are second-order estimates around the full-precision model, each from a few passes for all groups at once:
+`divergence` is measured: the output's KL with one group switched, everything else on the recipe's grid.
+`fisher` and `hessian` are second-order estimates around the full-precision model, each from a few passes for
+all groups at once:
 
     fisher[g, c]  = ½ Σ_i F_ii (ΔW_i)²           F: diagonal of the Fisher information
-    hessian[g, c] = ½ (tr H_g / weights) ‖ΔW‖²   tr H_g: Hutchinson's estimate (HAWQ-V2, arXiv:1911.03852, section 3)
+    hessian[g, c] = ½ (tr H_g / weights) ‖ΔW‖²   tr H_g: Hutchinson's (HAWQ-V2, arXiv:1911.03852)
 
-`slope` is the first-order estimate at the recipe's grid, ⟨∇KL, ΔW⟩, from a single backward pass; it orders the
-measurements, so that a search that runs out of time has measured what matters.
+`slope` is the first-order estimate at the recipe's grid, ⟨∇KL, ΔW⟩, from a single backward pass; it orders
+the measurements, so that a search that runs out of time has measured what matters.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ Progress = Callable[[int], None]
 def fisher_costs(divergence: Divergence, on_progress: Progress | None = None) -> Costs:
     """Fisher-weighted squared error of every group on every candidate, in nats a token.
 
-    The diagonal is that of the true Fisher information: labels are drawn from the model's own distribution. With
-    independent draws the tokens' scores are uncorrelated, so that squaring a block's summed gradient is unbiased.
+    The diagonal is that of the true Fisher information: labels are drawn from the model's own distribution.
+        With
+    independent draws the tokens' scores are uncorrelated, so that squaring a block's summed gradient is
+    unbiased.
 
     Returns:
         `[groups, candidates]`.
@@ -63,8 +66,9 @@ def fisher_costs(divergence: Divergence, on_progress: Progress | None = None) ->
 def hessian_costs(divergence: Divergence, samples: int = 4, on_progress: Progress | None = None) -> Costs:
     """Average curvature times squared error of every group on every candidate, in nats a token.
 
-    The Hessian is that of the divergence at the full-precision model. Hutchinson's estimate of a group's trace is
-    the mean of zᵀ H z over random signs z; one product with H serves all groups, whose cross terms have mean zero.
+    The Hessian is that of the divergence at the full-precision model. Hutchinson's estimate of a group's
+    trace is the mean of zᵀ H z over random signs z; one product with H serves all groups, whose cross terms
+    have mean zero.
 
     Args:
         divergence: supplies model, text and teacher.
@@ -87,7 +91,9 @@ def hessian_costs(divergence: Divergence, samples: int = 4, on_progress: Progres
                 (torch.randint(0, 2, weight.shape, generator=generator) * 2.0 - 1).to(weight)
                 for weight in weights.values()
             ]
-            product = sum((gradient * sign).sum() for gradient, sign in zip(gradients, signs, strict=True))
+            product = torch.stack(
+                [(gradient * sign).sum() for gradient, sign in zip(gradients, signs, strict=True)]
+            ).sum()
             curved = torch.autograd.grad(product, list(weights.values()))
             for layer, sign, value in zip(weights, signs, curved, strict=True):
                 trace[layer] += float((sign * value).sum()) / samples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,12 @@ class SearchState:
     assignments: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._opened, self._before = time.monotonic(), self.seconds
+
     def save(self) -> None:
-        """Write the state atomically."""
+        """Write the state atomically, with the time spent until now."""
+        self.seconds = self._before + time.monotonic() - self._opened
         write_json(
             self.folder / _FILE,
             {
