@@ -198,7 +198,7 @@ def _valid(
     return valid
 
 
-def _operands(hidden: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
+def _operands(hidden: Tensor, head: Any) -> tuple[Tensor, Tensor]:
     """Hidden states as `[T, D]` and the whole head, in the dtype that autocast asks for."""
     if hasattr(head, "full_tensor"):
         from torch.distributed.tensor import Partial

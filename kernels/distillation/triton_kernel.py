@@ -1,10 +1,11 @@
 """Rows of logits in Triton: one program a row, gradients in place of the student's logits.
 
-A program walks its row twice (three times for the Jensen-Shannon divergence): once for maxima and sums, which
-are rescaled whenever a maximum rises, and once to write the gradient. A row of 128256 logits in bf16 is 256 KB
-for each model, more than a multiprocessor holds, so both logits are read twice and the gradient is written
-once. Sums are fp32, one a lane, added up at the end of the row: the order is fixed and the result does not
-depend on the GPU. Logits are scaled by log2(e) / T on loading, so that every exponential is the hardware's exp2.
+A program walks its row twice (three times for the Jensen-Shannon divergence): once for maxima and sums,
+which are rescaled whenever a maximum rises, and once to write the gradient. A row of 128256 logits in bf16
+is 256 KB for each model, more than a multiprocessor holds, so both logits are read twice and the gradient
+is written once. Sums are fp32, one a lane, added up at the end of the row: the order is fixed and the result
+does not depend on the GPU. Logits are scaled by log2(e) / T on loading, so that every exponential is the
+hardware's exp2.
 
 Prefixes: `p_` pointer, `i_` index of the program, `o_` offsets, `b_` block in registers.
 """
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from .objective import Objective
 
-#: Elements of a row at a time: with 8 warps, 16 a thread, which are two 16-byte loads of bf16 from each model.
-BLOCK = 4096
+#: Elements of a row at a time: with 8 warps, 8 a thread, a 16-byte load of bf16 from each model. Four programs
+#: then share a multiprocessor (64 registers a thread), and reductions of one overlap with loads of others.
+BLOCK = 2048
 NUM_WARPS = 8
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
@@ -31,7 +33,7 @@ _LN2 = tl.constexpr(math.log(2))
 
 @triton.jit
 def _scaled(p_row, o_column, size, scale):  # type: ignore[no-untyped-def]
-    """Logits times `scale`; beyond the row so low that every exponential is 0, but differences stay finite."""
+    """Logits times `scale`; beyond the row so low that exponentials are 0, yet differences finite."""
     return tl.load(p_row + o_column, mask=o_column < size, other=-1.0e30).to(tl.float32) * scale
 
 
@@ -81,8 +83,8 @@ def divergence_kernel(  # type: ignore[no-untyped-def]
 ):
     """One row: its divergence, its cross-entropy, and the gradient over the student's logits.
 
-    `factor` is (1 − ce_weight) · T, `hard` is ce_weight; `SEPARATE` where the cross-entropy, at temperature 1,
-    has other exponentials than the divergence.
+    `factor` is (1 − ce_weight) · T, `hard` is ce_weight; `SEPARATE` where the cross-entropy, at temperature
+    1, has other exponentials than the divergence.
     """
     i_row = tl.program_id(0).to(tl.int64)
     p_student += i_row * student_stride
@@ -286,7 +288,7 @@ def aot_cases() -> list[AotCase]:
 def _divergence_case(dtype: str, kind: str, flags: tuple[bool, bool, bool]) -> AotCase:
     labelled, separate, gradient = flags
     signature = {"p_student": f"*{dtype}", "p_teacher": f"*{dtype}"}
-    constants = {
+    constants: dict[str, Any] = {
         "KIND": kind,
         "LABELLED": labelled,
         "SEPARATE": separate,
