@@ -86,7 +86,7 @@ class Tracking:
             tracker = self._build(name, job_type)
         except ImportError:
             raise UserError(
-                f"tracking.trackers: '{name}' is not installed; pip install 'qatapult[{name}]', or leave it out"
+                f"tracking.trackers: '{name}' is not installed: pip install 'qatapult[{name}]'"
             ) from None
         try:
             tracker.start()
@@ -127,7 +127,7 @@ def _give_up(name: str, error: Exception) -> None:
     """A broken tracker must not stop a run of days: say so once and go on without it."""
     reason = " ".join(str(error).split())[:200]
     warnings.warn(
-        f"{name} failed ({type(error).__name__}: {reason}); the run goes on without it, metrics.jsonl has everything",
+        f"{name} failed ({type(error).__name__}: {reason}); going on without it, metrics.jsonl has all",
         RuntimeWarning,
         stacklevel=3,
     )

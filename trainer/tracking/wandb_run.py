@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
 #: Metrics whose best value is not the last one, with what wandb's summary keeps.
 SUMMARIES = {"eval/perplexity": "min", "recovery/perplexity": "max", "train/loss": "min", "train/kl": "min"}
 
-#: Seconds that wandb may take to say hello, and to upload the rest at the end; what is left is kept for
-#: `wandb sync`.
-INIT_TIMEOUT, FINISH_TIMEOUT = 20.0, 60.0
+#: Seconds that wandb may take to be reached, to open the run, and to upload the rest at the end; what is left
+#: stays on disk for `wandb sync`.
+CONNECT_TIMEOUT, INIT_TIMEOUT, FINISH_TIMEOUT = 3.0, 20.0, 60.0
 
 
 class QatapultWandb(WandBTracker):
@@ -31,17 +32,23 @@ class QatapultWandb(WandBTracker):
         """Open the run; offline if the server does not answer."""
         import wandb
 
+        if self.init_kwargs["mode"] == "online" and not answers(server()):
+            self._go_offline(f"{server()} does not answer")
         try:
             super().start()
         except wandb.Error as error:
             if self.init_kwargs["mode"] != "online":
                 raise
-            _say(f"wandb does not answer ({type(error).__name__}); going on offline")
-            self.init_kwargs["mode"] = "offline"
+            wandb.teardown()  # the failed attempt still holds the run's id
+            self._go_offline(f"wandb failed ({type(error).__name__})")
             super().start()
         define_metrics(self.run)
         if self.run.offline:
             _say(f"wandb is offline; upload later with: wandb sync {Path(self.run.sync_dir)}")
+
+    def _go_offline(self, why: str) -> None:
+        _say(f"{why}; going on offline")
+        self.init_kwargs["mode"] = "offline"
 
     def alert(self, title: str, text: str) -> None:
         self.run.alert(title=title, text=text, level="WARN")
@@ -74,7 +81,7 @@ def build_tracker(recipe: Recipe, run: RunFolder, run_id: str, job_type: str) ->
     tracking = recipe.tracking
     return QatapultWandb(
         tracking.project,
-        dir=str(run.logs),
+        dir=str(_existing(run.logs)),
         id=run_id,
         name=recipe.name,
         resume="allow",
@@ -103,12 +110,30 @@ def has_key() -> bool:
     """Whether wandb has credentials for its server; none is read out or kept."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    host = urlsplit(server).hostname
     file = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     try:
-        return bool(host and netrc.netrc(str(file)).authenticators(host))
+        known = netrc.netrc(str(file)).hosts
     except (OSError, netrc.NetrcParseError):
+        return False
+    # Keys of the hosted service are kept under this name, whatever host serves it.
+    return bool({urlsplit(server()).hostname, "api.wandb.ai"} & known.keys())
+
+
+def server() -> str:
+    """Address of the wandb server: `WANDB_BASE_URL`, or wandb's own default."""
+    import wandb
+
+    return os.environ.get("WANDB_BASE_URL") or str(wandb.Settings().base_url)
+
+
+def answers(address: str) -> bool:
+    """Whether something listens there. wandb itself would try for minutes where nothing does."""
+    parts = urlsplit(address)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        with socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT):
+            return True
+    except OSError:
         return False
 
 
@@ -155,3 +180,9 @@ def _artifact(name: str, kind: str, paths: list[Path]) -> Any:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr)
+
+
+def _existing(folder: Path) -> Path:
+    # wandb writes into a temporary folder, and loses the run, where its own is missing.
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
