@@ -40,7 +40,7 @@ def pack(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     per_unit, size = _unit(scheme)
     unsigned = codes.to(torch.int32) - scheme.qmin
     unsigned = torch.nn.functional.pad(unsigned, (0, -codes.shape[-1] % per_unit))
-    units = unsigned.reshape(*codes.shape[:-1], -1, per_unit)
+    units = unsigned.unflatten(-1, (unsigned.shape[-1] // per_unit, per_unit))
     words = (units << _shifts(per_unit, scheme.storage_bits, codes.device)).sum(-1, dtype=torch.int32)
     parts = (words[..., None] >> _shifts(size, 8, codes.device)) & 0xFF
     return parts.to(torch.uint8).flatten(-2)
@@ -67,7 +67,7 @@ def unpack(packed: torch.Tensor, scheme: Scheme, features: int) -> torch.Tensor:
             f"that takes {expected}"
         )
     per_unit, size = _unit(scheme)
-    parts = packed.reshape(*packed.shape[:-1], -1, size).to(torch.int32)
+    parts = packed.unflatten(-1, (packed.shape[-1] // size, size)).to(torch.int32)
     words = (parts << _shifts(size, 8, packed.device)).sum(-1, dtype=torch.int32)
     codes = (words[..., None] >> _shifts(per_unit, scheme.storage_bits, packed.device)) & (
         (1 << scheme.storage_bits) - 1

@@ -54,7 +54,7 @@ def choose_range(x: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.T
         `[qmin, qmax]` and is None on a symmetric grid.
     """
     shape = scheme.scale_shape(tuple(x.shape))
-    blocks = x.detach().reshape(math.prod(shape), -1)
+    blocks = x.detach().reshape(math.prod(shape), -1 if x.numel() else 0)
     if scheme.range_method == "mse":
         chunk = MSE_CHUNK.get(x.device.type, MSE_CHUNK_ELSEWHERE)
         step = max(1, chunk // max(1, blocks.shape[1]))
@@ -113,7 +113,7 @@ def _percentile(blocks: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, tor
         rank = max(1, math.ceil(scheme.percentile * count))
         high = blocks.abs().kthvalue(rank, dim=1).values
         return -high, high
-    cut = math.floor((1 - scheme.percentile) / 2 * count)
+    cut = (count - math.ceil(scheme.percentile * count)) // 2
     low = blocks.kthvalue(1 + cut, dim=1).values.clamp(max=0)
     return low, blocks.kthvalue(count - cut, dim=1).values.clamp(min=0)
 

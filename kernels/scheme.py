@@ -135,6 +135,8 @@ class Scheme:
         """Shape of the scales of a tensor of this shape; see the table above."""
         if self.granularity == "tensor":
             return (1,)
+        if self.group_size is None:
+            return (*shape[:-1], 1)
         return (*shape[:-1], shape[-1] // self.block_size(shape[-1]))
 
     def describe(self) -> str:

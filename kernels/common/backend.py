@@ -54,3 +54,8 @@ def interpreting() -> bool:
     """Whether Triton kernels run under its interpreter (it is asked for by `TRITON_INTERPRET=1` before
     import)."""
     return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
+
+
+def triton_input(x: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and fp32 under the interpreter, whose bf16 conversions truncate and lose subnormals."""
+    return (x.float() if interpreting() else x).contiguous()

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from qatapult.kernels.common.aot import AotCase
-from qatapult.kernels.common.backend import interpreting
+from qatapult.kernels.common.backend import triton_input
 from qatapult.kernels.common.rounding import clamp, divide, round_half_even, round_to_bfloat16
 
 from .spec import Grid, RangeRule
@@ -92,8 +92,7 @@ def tile_of(size: int) -> tuple[int, int, int]:
 
 def dynamic(x: torch.Tensor, block: int, grid: Grid, rule: RangeRule) -> torch.Tensor:
     """Values under the range of each block of `block` neighbours."""
-    x = x.contiguous()
-    out = torch.empty_like(x, dtype=torch.float32 if interpreting() else x.dtype)
+    out = torch.empty_like(triton_input(x))
     _launch(x, out, None, None, block, grid, rule)
     return out.to(x.dtype)
 
@@ -102,8 +101,7 @@ def quantize_dynamic(
     x: torch.Tensor, block: int, grid: Grid, rule: RangeRule
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes, scales and zero points, `[blocks]`, under the range of each block of `block` neighbours."""
-    x = x.contiguous()
-    codes = torch.empty_like(x, dtype=torch.int8)
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.numel() // block, device=x.device)
     zero_point = None if rule.symmetric else torch.empty_like(scale)
     _launch(x, codes, scale, zero_point, block, grid, rule)
@@ -124,7 +122,7 @@ def _launch(
     numbers = (*grid, rule.symmetric, rule.scale_dtype, out.dtype == torch.int8, rows, cols)
     with torch.cuda.device_of(x):
         dynamic_kernel[(triton.cdiv(blocks, rows),)](
-            x, out, scale, zero_point, blocks, block, rule.steps, *numbers, num_warps=warps
+            triton_input(x), out, scale, zero_point, blocks, block, rule.steps, *numbers, num_warps=warps
         )
 
 

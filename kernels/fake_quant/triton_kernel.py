@@ -11,11 +11,13 @@ Prefixes: `p_` pointer, `i_` index of the program, `o_` offsets, `b_` tile in re
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from qatapult.kernels.common.aot import AotCase
-from qatapult.kernels.common.backend import interpreting
+from qatapult.kernels.common.backend import triton_input
 from qatapult.kernels.common.rounding import clamp, divide, round_half_even
 
 from .spec import Gradient, Grid
@@ -146,9 +148,9 @@ def forward(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, grid: Grid, codes: bool = False
 ) -> torch.Tensor:
     """Launch `forward_kernel`; the arguments are those of `reference.forward`."""
-    x, scale = x.contiguous(), scale.contiguous()
+    dtype, x, scale = x.dtype, triton_input(x), scale.contiguous()
     zero_point = None if zero_point is None else zero_point.contiguous()
-    out = torch.empty_like(x, dtype=torch.int8 if codes else _writable(x.dtype))
+    out = torch.empty_like(x, dtype=torch.int8 if codes else x.dtype)
     if x.numel():
         blocks, size = scale.numel(), x.numel() // scale.numel()
         rows, cols = tile_of(size)
@@ -157,7 +159,7 @@ def forward(
             forward_kernel[(triton.cdiv(size, cols), triton.cdiv(blocks, rows))](
                 x, scale, zero_point, out, blocks, size, *numbers, num_warps=NUM_WARPS
             )
-    return out if codes else out.to(x.dtype)
+    return out if codes else out.to(dtype)
 
 
 def quantize(
@@ -177,9 +179,9 @@ def backward(
     factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Launch `backward_kernel`; the arguments are those of `reference.backward`."""
-    grad, x, scale = grad.contiguous(), x.contiguous(), scale.contiguous()
+    dtype, grad, x, scale = x.dtype, triton_input(grad), triton_input(x), scale.contiguous()
     zero_point = None if zero_point is None else zero_point.contiguous()
-    grad_x = torch.empty_like(x, dtype=_writable(x.dtype))
+    grad_x = torch.empty_like(x)
     blocks = scale.numel()
     size = x.numel() // max(1, blocks)
     rows, cols = tile_of(size)
@@ -197,7 +199,7 @@ def backward(
             )  # fmt: skip
     grad_scale, grad_zero = ((part.sum(1) if splits > 1 else part).reshape(scale.shape) for part in parts)
     return (
-        grad_x.to(x.dtype),
+        grad_x.to(dtype),
         None if gradient == "ste" else grad_scale,
         None if gradient == "ste" or zero_point is None else grad_zero,
     )
@@ -216,9 +218,10 @@ def aot_cases() -> list[AotCase]:
         ("g32 fp16", 32, "fp16", False),
     ):
         rows, cols = tile_of(size)
-        grid = {"QMIN": -8, "QMAX": 7, "OFFSET": 0.0, "HAS_ZERO": zero, "ROWS": rows, "COLS": cols}
+        grid: dict[str, Any] = {"QMIN": -8, "QMAX": 7, "OFFSET": 0.0, "HAS_ZERO": zero}
+        grid |= {"ROWS": rows, "COLS": cols}
         tensors = {"p_x": f"*{dtype}", "p_scale": "*fp32"} | ({"p_zero": "*fp32"} if zero else {})
-        none = {} if zero else {"p_zero": None}
+        none: dict[str, Any] = {} if zero else {"p_zero": None}
         sizes = {"blocks": "i32", "size": "i32"}
         for codes in (False, True):
             signature = tensors | {"p_out": "*i8" if codes else f"*{dtype}"} | sizes
@@ -244,8 +247,3 @@ def aot_cases() -> list[AotCase]:
 
 def _up(number: int, multiple: int) -> int:
     return max(1, triton.cdiv(number, multiple)) * multiple
-
-
-def _writable(dtype: torch.dtype) -> torch.dtype:
-    """The interpreter truncates where it stores bf16: let it store fp32, which torch rounds."""
-    return torch.float32 if interpreting() else dtype
