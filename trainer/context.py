@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,7 +38,9 @@ class Context:
 
     @property
     def device(self) -> torch.device:
-        return self.accelerator.device
+        device = self.accelerator.device
+        # Accelerate numbers CPUs too, and safetensors knows no `cpu:0`.
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -56,6 +59,27 @@ class Context:
         model = self.load_model()
         prepare(model, quantization or self.recipe.quantization, self.recipe.qat.method)
         return model
+
+    def judge(self, model: PreTrainedModel, description: str) -> dict[str, Any]:
+        """The recipe's tasks and sample texts: `{"tasks": …}`, and `"samples"` where the recipe asks for them.
+
+        For models that this process holds whole.
+        """
+        evaluation = self.recipe.evaluation
+        judged: dict[str, Any] = {"tasks": {}}
+        if evaluation.tasks:
+            from qatapult.trainer.evaluate.tasks import TaskOptions, run_tasks
+
+            self.console.say(f"  {description}: {', '.join(evaluation.tasks)}")
+            options = TaskOptions(limit=evaluation.limit, name=description)
+            judged["tasks"] = run_tasks(model.eval(), self.tokenizer, evaluation.tasks, options)
+        if evaluation.generate:
+            from qatapult.trainer.evaluate.samples import sample_texts
+
+            judged["samples"] = sample_texts(
+                model.eval(), self.tokenizer, self.data.held_out, evaluation.generate
+            )
+        return judged
 
     def meter(self) -> CostMeter:
         """Start measuring a stage's cost."""

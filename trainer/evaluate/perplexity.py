@@ -114,4 +114,6 @@ def document_losses(
         done += ids.numel()
         if on_progress:
             on_progress(done)
-    return Perplexity([(loss, int(tokens)) for loss, tokens in (per_document[k] for k in sorted(per_document))])
+    return Perplexity(
+        [(loss, int(tokens)) for loss, tokens in (per_document[k] for k in sorted(per_document))]
+    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from qatapult.trainer.models import local_source
 from qatapult.trainer.recipe.loading import dump_recipe
-from qatapult.trainer.recipe.schema import ExportFormat, Model, Recipe
+from qatapult.trainer.recipe.schema import ExportFormat, Model, Quantization, Recipe
 from qatapult.trainer.report.summary import summarize
 from qatapult.trainer.report.text import interval, metric_rows, number, percent
 from qatapult.trainer.run_folder import RunFolder, write_atomically
@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 ```""",
-    "safetensors": """With transformers alone; the weights are the quantized ones, written out in floating point:
+    "safetensors": """With transformers alone; the quantized weights are written out in floating point:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -85,8 +85,7 @@ def card(run: RunFolder, recipe: Recipe, export_format: ExportFormat, result: di
         f"{report['headline']}.",
         "",
         f"- Source: `{recipe.model.source}`",
-        f"- Grid: {report['format']}; in full precision: {', '.join(f'`{name}`' for name in recipe.quantization.skip)}, "
-        "norms" + (", embeddings" if recipe.quantization.embeddings is None else ""),
+        f"- Grid: {report['format']}; in full precision: {_full_precision(recipe.quantization)}",
         f"- Stored as {export_format}, {result['bytes']:,} bytes",
         _recovery_line(metric),
         f"- Loaded again by its own runtime: perplexity {number(result['perplexity'])}, "
@@ -96,7 +95,7 @@ def card(run: RunFolder, recipe: Recipe, export_format: ExportFormat, result: di
         "",
         *_table(report),
         "",
-        "Perplexity on held-out documents of the training source; *packed integers* is the model as it is served.",
+        "Perplexity is measured on held-out documents; *packed integers* is the model as it is served.",
         "",
         "## Use",
         "",
@@ -126,11 +125,15 @@ def licence_of(model: Model) -> str | None:
 
 def _gguf_licence(model: Model) -> str | None:
     from gguf import GGUFReader
-
     from qatapult.trainer.models import gguf_path
 
     field = GGUFReader(gguf_path(model.source)).get_field("general.license")
     return str(field.contents()) if field is not None else None
+
+
+def _full_precision(quantization: Quantization) -> str:
+    embeddings = ["embeddings"] if quantization.embeddings is None else []
+    return ", ".join([*(f"`{pattern}`" for pattern in quantization.skip), "norms", *embeddings])
 
 
 def _recovery_line(metric: dict[str, Any]) -> str:
@@ -149,8 +152,8 @@ def _parity_lines(report: dict[str, Any]) -> list[str]:
         return []
     equal = "equal bit for bit" if parity["codes_equal"] else "NOT all equal"
     return [
-        f"- Parity of packed and trained model: codes {equal}, logits at {parity['sqnr_db']:.1f} dB, the same most "
-        f"likely token on {percent(parity['top1_agreement'], 2)} of positions",
+        f"- Parity of packed and trained model: codes {equal}, logits at {parity['sqnr_db']:.1f} dB, the "
+        f"same most likely token on {percent(parity['top1_agreement'], 2)} of positions",
         f"- {kernels['integer']} of {kernels['linears']} linears were measured as products of integers",
     ]
 

@@ -2,8 +2,8 @@
 
 Weights of 8 bits with 8-bit inputs are stored as int8 (`int-quantized`); everything else is packed into int32
 words (`pack-quantized`). Inputs are quantized per token while the model runs, by the rule that training used
-(largest magnitude over 127.5). Embeddings, norms and skipped layers keep the checkpoint's own dtype; scales are
-stored in it too, because vLLM and transformers compute in the dtype of the scales.
+(largest magnitude over 127.5). Embeddings, norms and skipped layers keep the checkpoint's own dtype; scales
+are stored in it too, because vLLM and transformers compute in the dtype of the scales.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-
 from qatapult.kernels import Scheme
 from qatapult.trainer.evaluate.perplexity import token_losses
 from qatapult.trainer.export.folder import appearing, source_dtype, write_config
@@ -26,6 +23,8 @@ from qatapult.trainer.export.trained import TrainedModel, tied_names
 from qatapult.trainer.quantize.modules import QuantizedWeight, QuantLinear
 from qatapult.trainer.quantize.prepare import quant_layers
 from qatapult.trainer.recipe.errors import UserError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 #: What vLLM's mixed-precision kernels take; a whole row is `granularity: channel`.
 GROUP_SIZES = (32, 64, 128)
@@ -77,7 +76,8 @@ def export(model: TrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
         check_grid(name, layer.weight_scheme, layer.activation_scheme)
     if "lm_head" in linears and tied_names(model.skeleton):
         raise UserError(
-            "export compressed-tensors: lm_head is quantized and tied to the embeddings; add it to quantization.skip"
+            "export compressed-tensors: lm_head is quantized and tied to the embeddings; "
+            "add it to quantization.skip"
         )
     dtype = source_dtype(model)
     with appearing(folder) as building:
@@ -92,7 +92,7 @@ def export(model: TrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 def reload(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Load the folder as a stock transformers does; token losses of ids, `[B, S]` to `[B, S − 1]`."""
     with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors' own progress bars
-        loaded = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}).eval()
         loaded(
             torch.zeros(1, 1, dtype=torch.int64, device=device)
         )  # the weights are unpacked at the first call

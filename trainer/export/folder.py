@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
-
 from qatapult.trainer.export.trained import TrainedModel
+from transformers import PreTrainedTokenizerBase
 
 
 @contextmanager

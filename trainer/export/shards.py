@@ -25,8 +25,8 @@ _NAMES = {
 class ShardWriter:
     """Appends tensors to shards of a limited size; nothing but the tensor at hand is held.
 
-    The format (huggingface/safetensors, Format) puts the header first, so that a shard's data waits in files of
-    its own, one for each item size: readers need every tensor aligned to its items.
+    The format (huggingface/safetensors, Format) puts the header first, so that a shard's data waits in files
+    of its own, one for each item size: readers need every tensor aligned to its items.
 
     Args:
         folder: where `model*.safetensors` appear at `close`.
@@ -76,7 +76,7 @@ class _Shard:
             self._bodies[width] = self.path.with_suffix(f".{width}").open("w+b")
             self._entries[width] = []
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._bodies[width].write(memoryview(data))
+        self._bodies[width].write(data.data)
         entry = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape)}
         self._entries[width].append((name, entry, len(data)))
         self.names.append(name)

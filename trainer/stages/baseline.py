@@ -10,5 +10,7 @@ from qatapult.trainer.context import Context
 def run(context: Context) -> dict[str, Any]:
     """Measure the full-precision model."""
     meter = context.meter()
-    result = context.perplexity(context.load_model(), "baseline")
-    return {"perplexity": result.value, "losses": result.losses, "tasks": {}, "cost": meter.cost(result.tokens)}
+    model = context.load_model()
+    result = context.perplexity(model, "baseline")
+    judged = context.judge(model, "baseline")
+    return {"perplexity": result.value, "losses": result.losses, **judged, "cost": meter.cost(result.tokens)}

@@ -1,4 +1,4 @@
-"""Stage `export`: the trained model in the formats that other runtimes load, each loaded again and measured."""
+"""Stage `export`: the trained model in the formats that other runtimes load, each loaded and measured."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def write(context: Context, export_format: ExportFormat, folder: Path | None = N
         folder: where it goes; by default into the run's folder.
 
     Returns:
-        Its entry of `stages/export.json`: path, bytes, perplexity, and the relative difference to the packed model.
+        Its entry of `stages/export.json`: path, bytes, perplexity, and its relative difference to the packed
+        model's.
     """
     writer = importlib.import_module(f"qatapult.trainer.export.{_WRITERS[export_format]}")
     target = folder or context.run.export(export_format)
@@ -50,8 +51,8 @@ def write(context: Context, export_format: ExportFormat, folder: Path | None = N
     difference = measured.value / packed - 1
     if abs(difference) > TOLERANCE:
         context.console.warn(
-            f"{export_format}: perplexity {measured.value:.2f} in its own runtime differs from the packed model's "
-            f"{packed:.2f} by {difference:+.1%}"
+            f"{export_format}: perplexity {measured.value:.2f} in its own runtime differs from the packed "
+            f"model's {packed:.2f} by {difference:+.1%}"
         )
     result = {
         "path": str(target.relative_to(context.run.path)) if folder is None else str(target),

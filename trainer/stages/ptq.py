@@ -33,7 +33,7 @@ def run(context: Context) -> dict[str, Any]:
         measured[method] = {
             "perplexity": result.value,
             "losses": result.losses,
-            "tasks": {},
+            **context.judge(model, method),
             "cost": method_meter.cost(result.tokens),
         }
         if best is None or result.value < measured[best]["perplexity"]:
@@ -44,6 +44,7 @@ def run(context: Context) -> dict[str, Any]:
     assert best is not None
     return {
         "methods": measured,
+        "samples": measured["rtn"].get("samples", []),
         "initialize_from": best if wanted == "best" else wanted,
         "cost": meter.cost(sum(entry["cost"]["tokens"] for entry in measured.values())),
     }

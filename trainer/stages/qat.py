@@ -55,6 +55,9 @@ def run(context: Context) -> dict[str, Any]:
     }
     context.accelerator.free_memory()
     del trainer, model
+    evaluation = context.recipe.evaluation
+    if context.accelerator.is_main_process and (evaluation.tasks or evaluation.generate):
+        result |= context.judge(load_trained(context), "qat")
     result["control"] = run_control(context) if context.recipe.qat.control else None
     return result
 
