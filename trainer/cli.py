@@ -20,6 +20,7 @@ COMMAND_MODULES = (
     "qatapult.trainer.commands.report",
     "qatapult.trainer.commands.compare",
     "qatapult.trainer.commands.dashboard",
+    "qatapult.trainer.commands.study",
     "qatapult.launch.commands",
 )
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from qatapult.kernels import Scheme, choose_range, dequantize, quantize
 from qatapult.trainer.models import load_model
 from qatapult.trainer.quantize.prepare import prepare, quant_layers

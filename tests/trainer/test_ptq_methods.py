@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from torch import nn
-
 from qatapult.trainer.models import load_model
 from qatapult.trainer.quantize.prepare import prepare, quant_layers
 from qatapult.trainer.quantize.ptq import awq, hadamard, smoothquant
@@ -17,6 +15,7 @@ from qatapult.trainer.quantize.ptq.rotation import fold_norms, is_rotated_checkp
 from qatapult.trainer.quantize.ptq.rotation import hadamard as hadamard_matrix
 from qatapult.trainer.recipe import schema
 from qatapult.trainer.recipe.errors import UserError
+from torch import nn
 
 Grid = schema.TensorScheme
 

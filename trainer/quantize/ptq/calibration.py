@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from qatapult.trainer.quantize.modules import QuantizedWeight
+from torch import Tensor, nn
 
 # Token rows that are embedded at a time.
 _EMBED_ROWS = 8

@@ -12,13 +12,12 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from qatapult import kernels
 from qatapult.kernels import Scheme
 from qatapult.trainer.quantize.modules import QuantLinear
 from qatapult.trainer.quantize.ptq.calibration import hessian_of, walk_blocks
 from qatapult.trainer.recipe import schema
+from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 

@@ -13,12 +13,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-
 from qatapult.trainer.quantize.ptq.calibration import decoder_blocks
 from qatapult.trainer.quantize.ptq.folding import folds_of
 from qatapult.trainer.recipe.errors import UserError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 def hadamard(size: int) -> Tensor | None:

@@ -1,0 +1,1 @@
+"""Studies: a grid of runs that answers one question, and the page that shows the answer."""

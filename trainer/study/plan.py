@@ -1,0 +1,56 @@
+"""From a study to its runs: one checked recipe for every cell and seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qatapult.trainer.recipe.loading import load_recipe
+from qatapult.trainer.recipe.schema import Recipe
+from qatapult.trainer.run_folder import RunFolder
+from qatapult.trainer.study.schema import Cell, Study
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a study."""
+
+    cell: Cell
+    seed: int
+    recipe: Recipe
+
+    def folder(self, runs: Path) -> RunFolder:
+        return RunFolder(runs / self.recipe.name)
+
+
+def study_folder(study: Study, size: str, runs: Path) -> Path:
+    """Where a study keeps its recipes, its pretrained models and its page."""
+    return runs / f"{study.name}-{size}"
+
+
+def model_folder(study: Study, size: str, runs: Path, model: str) -> Path:
+    """Where a model that the study trains from scratch is kept."""
+    return study_folder(study, size, runs) / "models" / model
+
+
+def plan_runs(study: Study, size: str, runs: Path) -> list[PlannedRun]:
+    """All runs of a study in the order of its cells.
+
+    Args:
+        study: the study.
+        size: `small` or `full`.
+        runs: folder of the runs, in which pretrained models lie.
+
+    Raises:
+        UserError: if a cell is not a sensible recipe, or the study has no such size.
+    """
+    chosen = study.size(size)
+    planned = []
+    for cell in study.chosen(size):
+        for seed in cell.seeds or chosen.seeds:
+            own = [f"name={study.name}-{size}-{cell.name}-s{seed}", f"seed={seed}"]
+            if cell.model is not None:
+                own.append(f"model.source={model_folder(study, size, runs, cell.model).absolute()}")
+            overrides = [*study.overrides, *chosen.overrides, *cell.overrides, *own]
+            planned.append(PlannedRun(cell, seed, load_recipe(study.recipe, overrides)))
+    return planned
