@@ -134,6 +134,12 @@ class Trainer:
                     self._save()
         return self.state
 
+    def step(self) -> StepResult:
+        """One optimizer step alone, without evaluation, checkpoint or log: for measurements."""
+        result = self._step()
+        self._accept(result)
+        return result
+
     def evaluate(self) -> Perplexity:
         """Held-out perplexity of the model as it is now, computed by all processes together."""
         self.student.eval()
@@ -174,7 +180,7 @@ class Trainer:
                 # over all tokens is divided by their number and by nothing else.
                 share = self.plan.world_size * self.plan.micro_batches / positions
                 self.accelerator.backward(parts.loss * share)
-                sums += torch.stack([parts.loss.detach(), parts.kl, torch.tensor(parts.tokens)]).to(sums)
+                sums += torch.stack([parts.loss.detach(), parts.kl, parts.loss.new_tensor(parts.tokens)])
         norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.qat.optimizer.gradient_clip)
         loss, kl, tokens = self.accelerator.reduce(sums, "sum").tolist()
         return StepResult(loss / tokens, kl / tokens, float(norm), loader_seconds)

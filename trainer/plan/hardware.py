@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -169,3 +170,15 @@ def _this_processor() -> Gpu:
         price=0.0,
         source="this machine",
     )
+
+
+@cache
+def processor_flags() -> frozenset[str]:
+    """Instruction sets of this machine's processor, as Linux names them; none where that cannot be read."""
+    file = Path("/proc/cpuinfo")
+    if not file.exists():
+        return frozenset()
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("flags"):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from qatapult.trainer.plan.hardware import Cluster
+from qatapult.trainer.plan.hardware import Cluster, processor_flags
 from qatapult.trainer.plan.model_shape import ModelShape
-from qatapult.trainer.plan.settings import Setting, largest_micro_batch
+from qatapult.trainer.plan.settings import Setting, micro_steps
 from qatapult.trainer.recipe.schema import Recipe
 
 FP32 = 4
@@ -27,7 +27,8 @@ class Assumptions:
         runtime_gpu: driver context, cuBLAS workspaces and NCCL's channels of a GPU process.
         runtime_cpu: interpreter and libraries of a CPU process.
         fragmentation: share of the allocator's memory that is lost between blocks.
-        loss_chunk_tokens: tokens whose logits the fused loss holds at a time.
+        loss_budget_gpu: bytes of logits that the fused loss holds at a time, student and teacher together.
+        loss_budget_cpu: likewise on a CPU.
         bucket: communication bucket of DDP and ZeRO.
         prefetched_blocks: gathered blocks that FSDP2 or ZeRO-3 hold at a time.
         saved_scale: factor on activations, from calibration.
@@ -36,7 +37,8 @@ class Assumptions:
     runtime_gpu: float = 1.2e9
     runtime_cpu: float = 0.65e9
     fragmentation: float = 0.03
-    loss_chunk_tokens: int = 1024
+    loss_budget_gpu: float = 1280 * 2**20
+    loss_budget_cpu: float = 96 * 2**20
     bucket: float = 25e6
     prefetched_blocks: int = 2
     saved_scale: float = 1.0
@@ -72,7 +74,8 @@ def compute_bytes(recipe: Recipe, cluster: Cluster) -> int:
     """Bytes of the dtype that matrices are multiplied in."""
     precision = recipe.qat.precision
     if precision == "auto":
-        precision = "fp32" if cluster.gpu.is_cpu else "bf16"
+        has_bf16 = not cluster.gpu.is_cpu or {"avx512_bf16", "amx_bf16"} & processor_flags()
+        precision = "bf16" if has_bf16 else "fp32"
     return FP32 if precision == "fp32" else 2
 
 
@@ -118,12 +121,10 @@ def memory(
     host = state if setting.offload != "none" else 0.0
     if setting.offload == "parameters":
         host, weights = host + weights, 0.0
-    activations = _activations(shape, setting, recipe.data.block_size, c) * given.saved_scale
+    activations = _activations(recipe, shape, cluster, setting) * given.saved_scale
     one_block = activations / shape.layers
-    loss = _loss(recipe, shape, setting, given)
-    accumulates = largest_micro_batch(recipe, cluster) > setting.micro_batch or setting.engine.startswith(
-        "zero"
-    )
+    loss = _loss(recipe, shape, cluster, setting, given)
+    accumulates = micro_steps(recipe, cluster, setting) > 1 or setting.engine.startswith("zero")
     begin = activations + loss + (gradients if accumulates else 0.0)
     end = gradients + one_block
     at_end = end > begin
@@ -132,7 +133,7 @@ def memory(
         "gradients": gradients if at_end or accumulates else 0.0,
         "optimizer": 0.0 if setting.offload != "none" else state,
         "teacher": _teacher(shape, setting, c, p),
-        "quantized_weights": _quantized_weights(recipe, shape, setting, c),
+        "quantized_weights": _quantized_weights(recipe, shape, cluster, setting),
         "activations": one_block if at_end else activations,
         "loss": 0.0 if at_end else loss,
         "communication": _communication(shape, setting, trained, p, c, given),
@@ -154,21 +155,50 @@ def _training_state(recipe: Recipe, cluster: Cluster, setting: Setting, trained:
     return gradients, state * trained / (cluster.world if setting.shards_optimizer else 1)
 
 
-def saved_bytes_per_token(shape: ModelShape, compute: int) -> float:
+def saved_bytes_per_token(recipe: Recipe, shape: ModelShape, cluster: Cluster, setting: Setting) -> float:
     """Bytes a token and block that the forward pass keeps for the backward pass.
 
-    Counted from transformers' LLaMA block with scaled-dot-product attention and our quantized linears. The
-    residual stream is fp32 (fp32 embeddings and autocast); what linears read and write has the compute dtype.
+    Counted by the tensors that autograd saves in transformers' LLaMA block with scaled-dot-product attention
+    and our quantized linears; a test counts them again.
     """
+    c = compute_bytes(recipe, cluster)
     h, f, q, kv = shape.hidden, shape.intermediate, shape.query_width, shape.kv_width
-    norms = 2 * (2 * FP32 * h)  # each norm keeps its input and the normalized input, in fp32
-    linear_inputs = compute * (h + q + h + f)  # q/k/v share one, gate/up share one
-    quantized_inputs = compute * (
-        3 * h + q + 2 * h + f
-    )  # the integer grid's values, for the weights' gradients
-    attention = compute * (2 * q + 2 * kv)  # rotated queries and keys, values, output
-    gate = compute * 3 * f  # gate, its activation, and up
-    return norms + linear_inputs + quantized_inputs + attention + gate
+    kept_by_norm = (
+        2 if recipe.qat.trainable == "all" else 1
+    )  # its input, and what its weight is multiplied with
+    norms = 2 * kept_by_norm * FP32 * h
+    if keeps_quantized_values(recipe, cluster):
+        inputs = 5 * h + q + f  # every linear's own quantized input
+    elif autocasts(recipe, cluster, setting):
+        inputs = 5 * h + f  # every linear's own cast of the fp32 norm; attention's output is not cast
+    else:
+        inputs = 2 * h + f
+    attention = 2 * q + 2 * kv  # rotated queries and keys, values, output
+    return norms + c * (inputs + attention + 3 * f) + FP32 * (shape.heads + 2)
+
+
+def keeps_quantized_values(recipe: Recipe, cluster: Cluster) -> bool:
+    """Whether fake-quantized weights and inputs are kept for the backward pass.
+
+    The integer forward keeps neither: it computes them again. `auto` takes it on GPUs and CPUs with integer
+    instructions for grids per channel; this machine stands for a CPU.
+    """
+    weights = recipe.quantization.weights
+    if weights is None or recipe.qat.integer_forward is False:
+        return weights is not None
+    if recipe.quantization.activations is None:
+        return True
+    if recipe.qat.integer_forward is True:
+        return False
+    per_channel = weights.granularity != "group"
+    if not cluster.gpu.is_cpu:
+        return not per_channel
+    return not (per_channel and "avx512_vnni" in processor_flags())
+
+
+def autocasts(recipe: Recipe, cluster: Cluster, setting: Setting) -> bool:
+    """Whether fp32 weights are multiplied in 16 bits, so that every layer casts its inputs."""
+    return compute_bytes(recipe, cluster) == 2 and setting.engine in ("single", "ddp")
 
 
 def _teacher(shape: ModelShape, setting: Setting, c: int, p: int) -> float:
@@ -180,33 +210,33 @@ def _teacher(shape: ModelShape, setting: Setting, c: int, p: int) -> float:
     return whole / p + c * shape.block_parameters
 
 
-def _quantized_weights(recipe: Recipe, shape: ModelShape, setting: Setting, c: int) -> float:
-    """Weights on their grid in the compute dtype, kept for the inputs' gradients; one block's if recomputed.
-
-    Where weights are stored in fp32 and multiplied in bf16, autocast keeps such copies even without
-    quantization.
-    """
-    casts = weight_bytes(setting, c) != c
-    if recipe.quantization.weights is None and not casts:
-        return 0.0
-    blocks = 1 if setting.checkpointing or setting.shards_weights else shape.layers
-    return c * shape.block_linear_parameters * blocks + (c * shape.head_parameters if casts else 0)
+def _quantized_weights(recipe: Recipe, shape: ModelShape, cluster: Cluster, setting: Setting) -> float:
+    """Weights on their grid, or cast, in the compute dtype: kept by every block, or by the one that is recomputed."""
+    c = compute_bytes(recipe, cluster)
+    casts = autocasts(recipe, cluster, setting)
+    head = c * shape.head_parameters if casts else 0
+    if keeps_quantized_values(recipe, cluster) or (casts and recipe.quantization.weights is None):
+        blocks = 1 if setting.checkpointing or setting.shards_weights else shape.layers
+        return c * shape.block_linear_parameters * blocks + head
+    return 2 * c * max(rows * columns for rows, columns in shape.linears.values()) + head
 
 
-def _activations(shape: ModelShape, setting: Setting, block_size: int, c: int) -> float:
-    tokens = setting.micro_batch * block_size
-    block = saved_bytes_per_token(shape, c)
+def _activations(recipe: Recipe, shape: ModelShape, cluster: Cluster, setting: Setting) -> float:
+    tokens = setting.micro_batch * recipe.data.block_size
+    block = saved_bytes_per_token(recipe, shape, cluster, setting)
     if setting.checkpointing:
         return tokens * (shape.layers * FP32 * shape.hidden + block)
     return tokens * shape.layers * block
 
 
-def _loss(recipe: Recipe, shape: ModelShape, setting: Setting, given: Assumptions) -> float:
-    """A chunk's logits (student, teacher, gradient) and all hidden states, in fp32."""
+def _loss(recipe: Recipe, shape: ModelShape, cluster: Cluster, setting: Setting, given: Assumptions) -> float:
+    """A chunk's logits of student and teacher, and the last hidden states of both with their gradient."""
+    c = compute_bytes(recipe, cluster)
     tokens = setting.micro_batch * recipe.data.block_size
-    chunk = min(tokens, given.loss_chunk_tokens)
-    logits = 3 * FP32 * chunk * shape.vocabulary
-    return logits + 3 * FP32 * tokens * shape.hidden
+    budget, least = (given.loss_budget_cpu, 64) if cluster.gpu.is_cpu else (given.loss_budget_gpu, 512)
+    row = 2 * c * shape.vocabulary
+    logits = min(max(budget, least * row), tokens * row)
+    return logits + (3 * c + 2 * FP32) * tokens * shape.hidden
 
 
 def _communication(

@@ -197,6 +197,8 @@ def _cache_hours(
     forward = flops_per_token(shape, recipe.data.block_size, setting) / (3 + int(setting.checkpointing))
     rate = speed.rate(cluster.gpu, shape.hidden, compute_bytes(recipe, cluster))
     traffic = (
-        shape.layers * saved_bytes_per_token(shape, 2) / (cluster.gpu.bandwidth * speed.bandwidth_efficiency)
+        shape.layers
+        * saved_bytes_per_token(recipe, shape, cluster, setting)
+        / (cluster.gpu.bandwidth * speed.bandwidth_efficiency)
     )
     return recipe.qat.tokens * (forward / rate + traffic / 2) / cluster.world / 3600

@@ -76,6 +76,11 @@ def largest_micro_batch(recipe: Recipe, cluster: Cluster) -> int:
     return max(1, step_tokens(recipe, cluster) // (cluster.world * recipe.data.block_size))
 
 
+def micro_steps(recipe: Recipe, cluster: Cluster, setting: Setting) -> int:
+    """Forward and backward passes of an optimizer step on each process."""
+    return -(-largest_micro_batch(recipe, cluster) // setting.micro_batch)
+
+
 def _engines(cluster: Cluster) -> list[tuple[Engine, Offload]]:
     if cluster.world == 1:
         alone: list[tuple[Engine, Offload]] = [("single", "none")]

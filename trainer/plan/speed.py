@@ -9,13 +9,12 @@ of arXiv:1910.02054, section 7.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from qatapult.trainer.plan.hardware import Cluster, Gpu
 from qatapult.trainer.plan.memory import FP32, compute_bytes, saved_bytes_per_token, trained_parameters
 from qatapult.trainer.plan.model_shape import ModelShape
-from qatapult.trainer.plan.settings import Setting, step_tokens
+from qatapult.trainer.plan.settings import Setting, micro_steps, step_tokens
 from qatapult.trainer.recipe.schema import Recipe
 
 
@@ -100,14 +99,14 @@ def step_time(
     block = recipe.data.block_size
     tokens = step_tokens(recipe, cluster)
     rank_tokens = tokens / cluster.world
-    micro_steps = math.ceil(rank_tokens / (setting.micro_batch * block))
+    passes = micro_steps(recipe, cluster, setting)
     rate = given.rate(cluster.gpu, shape.hidden, c)
     arithmetic = rank_tokens * flops_per_token(shape, block, setting) / rate
     bandwidth = cluster.gpu.bandwidth * given.bandwidth_efficiency
-    elementwise = _elementwise_bytes(shape, setting, c, rank_tokens, micro_steps) / bandwidth
+    elementwise = _elementwise_bytes(recipe, shape, cluster, setting, rank_tokens, passes) / bandwidth
     trained = trained_parameters(recipe, shape)
     hidden_by = given.overlap * (arithmetic + elementwise)
-    moved = _communication_bytes(shape, setting, trained, cluster.world, c, micro_steps)
+    moved = _communication_bytes(shape, setting, trained, cluster.world, c, passes)
     communication = moved / (cluster.bus * given.link_efficiency) if cluster.world > 1 else 0.0
     optimizer_shard = trained / (cluster.world if setting.shards_optimizer else 1)
     offload, optimizer = 0.0, optimizer_shard * 28 / bandwidth
@@ -115,28 +114,34 @@ def step_time(
         optimizer = optimizer_shard * given.cpu_adam_bytes * cluster.gpus / cluster.host_bandwidth
         offload = optimizer_shard * (2 + 2) / cluster.gpu.host_link
     if setting.offload == "parameters":
-        passes = 2 + int(setting.checkpointing)
-        offload += micro_steps * passes * c * shape.parameters / cluster.world / cluster.gpu.host_link
+        gathers = 2 + int(setting.checkpointing)
+        offload += passes * gathers * c * shape.parameters / cluster.world / cluster.gpu.host_link
     return StepTime(
         arithmetic=arithmetic,
         elementwise=elementwise,
         communication=max(communication - hidden_by, communication * (1 - given.overlap)),
         offload=offload,
         optimizer=optimizer,
-        overhead=given.step_overhead * micro_steps,
-        micro_steps=micro_steps,
+        overhead=given.step_overhead * passes,
+        micro_steps=passes,
         tokens=tokens,
     )
 
 
 def _elementwise_bytes(
-    shape: ModelShape, setting: Setting, c: int, rank_tokens: float, micro_steps: int
+    recipe: Recipe,
+    shape: ModelShape,
+    cluster: Cluster,
+    setting: Setting,
+    rank_tokens: float,
+    micro_steps: int,
 ) -> float:
     """Bytes moved by all that is no matrix product: each pass reads or writes what is saved about once."""
+    c = compute_bytes(recipe, cluster)
     passes = 3 + int(setting.checkpointing) + int(setting.teacher in ("whole", "sharded")) / 2
-    activations = rank_tokens * shape.layers * saved_bytes_per_token(shape, c) * passes
+    saved = saved_bytes_per_token(recipe, shape, cluster, setting)
     fake_quantization = (2 * (FP32 + c) + 2 * FP32) * shape.linear_parameters * micro_steps
-    return activations + fake_quantization
+    return rank_tokens * shape.layers * saved * passes + fake_quantization
 
 
 def _communication_bytes(
