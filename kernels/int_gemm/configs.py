@@ -68,7 +68,7 @@ def pin_table(path: str | Path | None) -> None:
     """
     _pinned.clear()
     if path is not None:
-        _read(Path(path))
+        read_table(Path(path))
         _pinned.append(Path(path))
 
 
@@ -83,7 +83,7 @@ def choose_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
     path = _pinned[0] if _pinned else Path(__file__).parent / "tables" / f"sm_{capability}.json"
     rows = [
         (abs(math.log(shape.n / problem.n)) + abs(math.log(shape.k / problem.k)), config)
-        for shape, config in _read(path)
+        for shape, config in read_table(path)
         if (shape.bits, bool(shape.group), shape.activation_bits, shape.bucket)
         == (problem.bits, bool(problem.group), problem.activation_bits, problem.bucket)
     ]
@@ -134,15 +134,22 @@ def candidates(problem: Problem, unit: int) -> list[GemmConfig]:
 
 
 def write_table(path: Path, rows: list[tuple[Problem, GemmConfig]]) -> None:
-    """Store a table, one row a line."""
-    lines = [json.dumps({"problem": asdict(problem), "config": asdict(config)}) for problem, config in rows]
+    """Store measured configurations, one a line; those of other problems that the file holds already stay."""
+    held = dict(read_table(path)) if path.exists() else {}
+    ordered = sorted((held | dict(rows)).items(), key=lambda row: str(row[0]))
+    lines = [json.dumps({"problem": asdict(problem), "config": asdict(config)}) for problem, config in ordered]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-    _read.cache_clear()
+    read_table.cache_clear()
 
 
 @cache
-def _read(path: Path) -> list[tuple[Problem, GemmConfig]]:
+def read_table(path: Path) -> list[tuple[Problem, GemmConfig]]:
+    """The rows of a table; none if a shipped table is missing.
+
+    Raises:
+        ValueError: if the file is missing or no such table.
+    """
     if not path.exists():
         if path in _pinned or path.parent.name != "tables":
             raise ValueError(f"{path}: no such table of configurations")

@@ -11,8 +11,12 @@ from .configs import GemmConfig, Problem, choose_config
 from .tiles import TileLayout
 from .triton_kernel import packed_gemm
 
-#: Programs that arrive at a block of the output are counted here; one buffer a device and stream, zero between launches.
+#: Counters of arrivals that launches outside of CUDA graphs share, by device and stream; zero between launches.
 _counters: dict[tuple[torch.device, int], Tensor] = {}
+#: The same for launches inside graphs, each of which gets a stretch of its own, for graphs may run side by side.
+_graph_counters: dict[torch.device, Tensor] = {}
+_graph_cursor: dict[torch.device, int] = {}
+_COUNTERS = 1 << 20
 
 
 def int_matmul_cuda(a: Tensor, b: Tensor) -> Tensor:
@@ -111,12 +115,30 @@ def packed_product_triton(
 
 
 def _counter(device: torch.device, blocks: int) -> Tensor:
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    """Zeros that the launch leaves as zeros, so that nothing has to be cleared before each product."""
+    if device.type != "cuda":
+        return torch.zeros(blocks, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        return _graph_counter(device, blocks)
+    stream = torch.cuda.current_stream(device).cuda_stream
     held = _counters.get((device, stream))
     if held is None or held.numel() < blocks:
         held = torch.zeros(max(blocks, 1 << 16), dtype=torch.int32, device=device)
         _counters[device, stream] = held
+        _graph_counters.setdefault(device, torch.zeros(_COUNTERS, dtype=torch.int32, device=device))
     return held
+
+
+def _graph_counter(device: torch.device, blocks: int) -> Tensor:
+    held = _graph_counters.get(device)
+    if held is None or blocks > held.numel():
+        # No product ran on this device before the capture: the clearing becomes part of the graph.
+        return torch.zeros(blocks, dtype=torch.int32, device=device)
+    start = _graph_cursor.get(device, 0)
+    if start + blocks > held.numel():
+        start = 0
+    _graph_cursor[device] = start + blocks
+    return held[start : start + blocks]
 
 
 def _capability(device: torch.device) -> int:

@@ -126,8 +126,8 @@ def _finish(  # type: ignore[no-untyped-def]
         tl.store(p_y, value.to(y.dtype.element_ty), mask=inside)
 
 
-# M varies from call to call and nothing is gained by knowing its divisors: one binary serves all.
-@triton.jit(do_not_specialize=["M"])
+# Nothing is gained by knowing the divisors of these, and M varies from call to call: one binary serves all.
+@triton.jit(do_not_specialize=["M", "units"])
 def packed_gemm(  # type: ignore[no-untyped-def]
     x, w, y, token_scale, scale, shift, row_sum, bias, partial, counter,
     M, N, K, rows, units,
