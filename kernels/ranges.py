@@ -55,7 +55,8 @@ def choose_range(x: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.T
     """
     shape = scheme.scale_shape(tuple(x.shape))
     blocks = x.detach().reshape(math.prod(shape), -1 if x.numel() else 0)
-    if scheme.range_method == "mse":
+    # On meta there are shapes and nothing to search for.
+    if scheme.range_method == "mse" and not x.is_meta:
         chunk = MSE_CHUNK.get(x.device.type, MSE_CHUNK_ELSEWHERE)
         step = max(1, chunk // max(1, blocks.shape[1]))
         parts = [_search(finite(part), scheme) for part in blocks.split(step)]
