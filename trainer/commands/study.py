@@ -25,7 +25,7 @@ def study(
     ] = None,
     launcher: Annotated[
         str | None,
-        typer.Option(help='What starts a run, such as "accelerate launch -m qatapult.trainer".'),
+        typer.Option(help='Start each run by a command, such as "accelerate launch -m qatapult.trainer".'),
     ] = None,
     submit: Annotated[
         str | None, typer.Option(help="Cluster profile: send all runs as one Slurm job array instead.")
@@ -59,11 +59,9 @@ def study(
         return
     failed: list[str] = []
     if not only_page:
-        from qatapult.trainer.study.run import THIS_PROCESS, run_study
+        from qatapult.trainer.study.run import run_study
 
-        failed = run_study(
-            described, size, runs, shlex.split(launcher) if launcher else THIS_PROCESS, typer.echo
-        )
+        failed = run_study(described, size, runs, shlex.split(launcher or ""), typer.echo)
     from qatapult.trainer.study.page import write_page
     from qatapult.trainer.study.results import collect
 

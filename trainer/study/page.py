@@ -66,8 +66,8 @@ def render(study: Study, size: str, results: Sequence[CellResult], plots: Sequen
 
 _LEGEND = (
     "Recovery is `(PTQ − packed) / (PTQ − full precision)` of the held-out perplexity, measured on the "
-    "packed integer model. In brackets, or behind ±, stands the 95 % interval: of the mean over seeds where a "
-    "cell has several, else by bootstrap over held-out documents."
+    "packed integer model. In brackets, or behind ±, stands the 95 % interval: of the mean over seeds where "
+    "a cell has several, else by bootstrap over held-out documents."
 )
 
 
@@ -170,10 +170,9 @@ def _conditions(size: str, results: Sequence[CellResult]) -> str:
     lengths = f"{tokens[0]:,}" if len(tokens) == 1 else f"{tokens[0]:,} to {tokens[-1]:,}"
     held_out = recipe["data"]["evaluation_blocks"] * recipe["data"]["block_size"]
     device = environment.get("device") or environment.get("cpu") or "this machine"
-    total = sum(cost.get("seconds") or 0 for report in reports for cost in report["cost"].values())
     return (
         f"Size `{size}`: {len(reports)} runs of {lengths} training tokens, {held_out:,} held-out tokens, "
-        f"{duration(total)} in all on {device}."
+        f"on {device}. Stages that runs share were computed once; each run's time counts them."
     )
 
 

@@ -118,7 +118,7 @@ class CurveReading:
         best_tokens: where the held-out perplexity was lowest.
         flat_tokens: from where on less than a twentieth of the whole gain was still to come.
         rose_by: by how much the perplexity rose again after its best, as a share of the best.
-        stopped_tokens: where early stopping with a patience of one evaluation would have stopped; None: never.
+        stopped_tokens: where early stopping with a patience of one evaluation would have stopped, or None.
         stopped_perplexity: the best perplexity it would have kept.
     """
 

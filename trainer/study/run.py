@@ -1,29 +1,25 @@
-"""Run a study on this machine, one run after the other, each in a process of its own."""
+"""Run a study on this machine, one run after the other."""
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import dump_recipe
+from qatapult.trainer.recipe.schema import Recipe
 from qatapult.trainer.run_folder import write_atomically
 from qatapult.trainer.study.plan import PlannedRun, model_folder, plan_runs, study_folder
 from qatapult.trainer.study.schema import Study
 from qatapult.trainer.study.sharing import share_stages
 
-#: How a run is started where nothing else is asked for.
-THIS_PROCESS = (sys.executable, "-m", "qatapult.trainer")
-
 
 def run_study(
-    study: Study,
-    size: str,
-    runs: Path,
-    launcher: Sequence[str] = THIS_PROCESS,
-    say: Callable[[str], None] = print,
+    study: Study, size: str, runs: Path, launcher: Sequence[str] = (), say: Callable[[str], None] = print
 ) -> list[str]:
     """Do what is left of a study: pretrain its models, then run its cells. Finished runs are not run again.
 
@@ -31,7 +27,8 @@ def run_study(
         study: the study.
         size: `small` or `full`.
         runs: folder of the runs.
-        launcher: command that stands before `train RECIPE`, such as `accelerate launch -m qatapult.trainer`.
+        launcher: command that stands before a recipe's file, such as `accelerate launch -m qatapult.trainer`;
+            without one, all runs are computed by this process.
         say: where progress goes.
 
     Returns:
@@ -39,7 +36,7 @@ def run_study(
 
     Raises:
         UserError: if a cell is not a sensible recipe, before anything is run.
-        KeyboardInterrupt: after an interruption; the same call goes on.
+        SystemExit: after an interruption; the same call goes on.
     """
     prepare_models(study, size, runs, say)
     planned = plan_runs(study, size, runs)
@@ -54,11 +51,40 @@ def run_study(
         say(f"{where}: {run.cell.label}" + (f" ({' and '.join(given)} shared)" if given else ""))
         recipe = study_folder(study, size, runs) / "recipes" / f"{name}.yaml"
         write_atomically(recipe, dump_recipe(run.recipe))
-        status = subprocess.run([*launcher, "train", str(recipe), "--runs", str(runs), "--quiet"]).returncode
-        if status != 0:
-            say(f"{where}: failed with exit status {status}; the study goes on without it")
+        why = _run_elsewhere(launcher, recipe, runs) if launcher else _run_here(run.recipe, runs)
+        if why:
+            say(f"{where}: {why}; the study goes on without it")
             failed.append(name)
     return failed
+
+
+def _run_elsewhere(launcher: Sequence[str], recipe: Path, runs: Path) -> str:
+    """Run a recipe by a command; why it failed, or nothing."""
+    status = subprocess.run([*launcher, str(recipe), "--runs", str(runs), "--quiet"]).returncode
+    return f"failed with exit status {status}" if status else ""
+
+
+def _run_here(recipe: Recipe, runs: Path) -> str:
+    """Run a recipe in this process, which saves the start of a new one; why it failed, or nothing."""
+    import torch
+    from accelerate.state import AcceleratorState, GradientState
+    from qatapult.trainer import pipeline
+
+    # Accelerate keeps one set of settings a process, and the next run's may differ.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    try:
+        pipeline.run(recipe, runs, quiet=True)
+    except UserError as error:
+        return f"failed: {error}"
+    except Exception:
+        traceback.print_exc()
+        return "failed"
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return ""
 
 
 def share_before(run: PlannedRun, planned: Sequence[PlannedRun], runs: Path) -> list[str]:

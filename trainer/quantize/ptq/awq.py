@@ -3,8 +3,8 @@
 Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration",
 arXiv:2306.00978, section 3.2: the factor of channel j is `mean|X_j|^α`, with the α of a grid that gives the
 least error of the outputs, and the layer before is divided by it; then the range of each row of weights is
-shrunk where that lowers the error further. Errors of outputs are computed from the inputs' second moments `H` as
-`trace((W − Ŵ) H (W − Ŵ)ᵀ)`, which is the mean squared error over all calibration tokens without keeping them.
+shrunk where that lowers the error further. Errors of outputs are computed from the inputs' second moments
+`H` as `trace((W − Ŵ) H (W − Ŵ)ᵀ)`: the mean squared error over all tokens, without keeping them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
 arXiv:2211.10438, equation 4: input channel j of a linear is multiplied with
-`max|X_j|^α / max|W_j|^(1 − α)`, and the layer before is divided by it. Then the weights are rounded to nearest.
+`max|X_j|^α / max|W_j|^(1 − α)`, and the layer before is divided by it. Then the weights are rounded to
+nearest.
 """
 
 from __future__ import annotations
