@@ -141,7 +141,9 @@ def topk_distillation_loss(
     precise = torch.promote_types(top_logprobs.dtype, torch.float32)
     logprobs = top_logprobs.detach().to(precise)
     if tail_mass is None:
-        tail_mass = (1 - logprobs.exp().sum(-1)).clamp(min=0)
+        # A cache of the whole vocabulary has no tail, not even one of rounding errors.
+        rest = (1 - logprobs.exp().sum(-1)).clamp(min=0)
+        tail_mass = rest if k < student_head.shape[0] else torch.zeros_like(rest)
     _check_tokens("tail_mass", tail_mass.shape, tokens)
     buckets = torch.cat([logprobs, tail_mass.detach().to(precise).log().unsqueeze(-1)], -1)
     valid = _valid(tokens, labels, ignore_index, mask, objective, reduction)

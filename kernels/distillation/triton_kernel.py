@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .objective import Objective
 
-#: Elements of a row at a time: with 8 warps, 8 a thread, a 16-byte load of bf16 from each model. Four programs
-#: then share a multiprocessor (64 registers a thread), and reductions of one overlap with loads of others.
+#: Elements of a row at a time: with 8 warps 8 a thread, a 16-byte load of bf16 from each model. Four
+#: programs then share a multiprocessor (64 registers a thread): reductions of one overlap with loads of others.
 BLOCK = 2048
 NUM_WARPS = 8
 _LOG2E = tl.constexpr(math.log2(math.e))
