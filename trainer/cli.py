@@ -20,7 +20,9 @@ COMMAND_MODULES = (
     "qatapult.trainer.commands.report",
     "qatapult.trainer.commands.compare",
     "qatapult.trainer.commands.dashboard",
+    "qatapult.trainer.commands.insight",
     "qatapult.trainer.commands.study",
+    "qatapult.trainer.commands.evaluate",
     "qatapult.launch.commands",
 )
 

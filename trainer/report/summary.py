@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -25,8 +26,15 @@ def summarize(run: RunFolder) -> dict[str, Any]:
     """
     stages = {name: run.read_stage(name) for name in STAGES if run.stage(name).exists()}
     recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8")) if run.recipe.exists() else {}
-    environment = json.loads(run.environment.read_text(encoding="utf-8")) if run.environment.exists() else {}
-    return summarize_stages(run.name, stages, recipe, environment)
+    environment = _json(run.environment)
+    report = summarize_stages(run.name, stages, recipe, environment)
+    insight = _json(run.path / "insight.json")
+    report["insight"] = insight or None
+    inside = {layer["name"]: layer for layer in (insight.get("weights") or {}).get("layers", ())}
+    keys = ("scale", "error_before", "error_after")
+    for layer in report["layers"]:
+        layer.update({key: inside[layer["name"]][key] for key in keys if layer["name"] in inside})
+    return report
 
 
 def summarize_stages(
@@ -107,6 +115,10 @@ def headline(metric: Mapping[str, Any], format_name: str, stages: Mapping[str, S
     if share < 0:
         return f"Training made {format_name} worse: {figures}{proof}"
     return f"{percent(share)} of what {format_name} cost came back: {figures}{proof}"
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _metrics(stages: Mapping[str, Stage], resamples: int) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,250 @@
+"""`insight.json` of a run: what quantization and training did to weights, activations, importance, scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from qatapult.kernels import quantize
+from qatapult.trainer.console import Console
+from qatapult.trainer.context import Context
+from qatapult.trainer.insight import activations, importance, scales, weights
+from qatapult.trainer.insight.sentences import claims, sentences
+from qatapult.trainer.loop.checkpoint import list_checkpoints
+from qatapult.trainer.loop.engine import create_accelerator
+from qatapult.trainer.quantize.modules import QuantizedWeight
+from qatapult.trainer.quantize.prepare import quant_layers
+from qatapult.trainer.recipe.errors import UserError
+from qatapult.trainer.recipe.loading import load_recipe
+from qatapult.trainer.run_folder import RunFolder, write_json
+from qatapult.trainer.stages.ptq import load_quantized
+from qatapult.trainer.stages.qat import load_trained
+from qatapult.trainer.tracking.trackers import Tracking
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Part = Literal["weights", "activations", "importance", "scales"]
+PARTS: tuple[Part, ...] = ("weights", "activations", "importance", "scales")
+
+
+@dataclass(frozen=True)
+class InsightSettings:
+    """What to look at.
+
+    Attributes:
+        parts: which analyses.
+        blocks: held-out blocks for everything that runs the models.
+        rise: rise of the perplexity that the pruning experiment tolerates (0.05: five per cent).
+    """
+
+    parts: tuple[Part, ...] = PARTS
+    blocks: int = 4
+    rise: float = 0.05
+
+
+@dataclass(frozen=True)
+class Models:
+    """The same model three times: original, as training started, as it ended."""
+
+    full_precision: PreTrainedModel
+    ptq: PreTrainedModel
+    qat: PreTrainedModel
+
+    def items(self) -> list[tuple[str, PreTrainedModel]]:
+        return [("full_precision", self.full_precision), ("ptq", self.ptq), ("qat", self.qat)]
+
+
+def insight(context: Context, settings: InsightSettings) -> dict[str, Any]:
+    """Analyse a run whose training is finished, and write `insight.json` into its folder.
+
+    Raises:
+        UserError: if training is not finished.
+    """
+    if not context.run.stage("qat").exists():
+        raise UserError(f"{context.run.path}: training is not finished; insight needs the trained model")
+    meter = context.meter()
+    models = Models(context.load_model(), load_quantized(context), load_trained(context))
+    blocks = context.data.held_out[: settings.blocks]
+    result: dict[str, Any] = {"blocks": len(blocks), "tokens": blocks.numel()}
+    for part in settings.parts:
+        context.console.say(f"  {part}")
+        result[part] = _ANALYSES[part](context, models, blocks, settings)
+    result["sentences"], result["claims"] = sentences(result), claims(result)
+    result["cost"] = meter.cost(blocks.numel())
+    write_json(context.run.path / "insight.json", result)
+    return result
+
+
+def open_context(run: RunFolder, console: Console) -> Context:
+    """What the stages of a run shared, to look at it again; nothing goes to trackers."""
+    recipe = load_recipe(run.recipe)
+    untracked = recipe.model_copy(update={"tracking": recipe.tracking.model_copy(update={"trackers": ()})})
+    accelerator = create_accelerator(untracked)
+    return Context(recipe, run, accelerator, console, Tracking(accelerator, untracked, run))
+
+
+def look_at_weights(
+    context: Context, models: Models, blocks: Tensor, settings: InsightSettings
+) -> dict[str, Any]:
+    """Weights against their grid, before, after PTQ and after QAT."""
+    before, after = _weight_layers(models.ptq), _weight_layers(models.qat)
+    histories = code_histories(context.run.checkpoints, before, after)
+    fits: dict[str, list[tuple[weights.GridFit, int]]] = {"full_precision": [], "ptq": [], "qat": []}
+    rows = []
+    for name, layer in after.items():
+        original = models.full_precision.get_parameter(f"{name}.weight").flatten(1)
+        of = {
+            "full_precision": weights.layer_fit(before[name], original),
+            "ptq": weights.layer_fit(before[name]),
+            "qat": weights.layer_fit(layer),
+        }
+        for model, fit in of.items():
+            fits[model].append((fit, original.numel()))
+        rows.append(_weight_row(name, before[name], layer, of, histories[name]))
+    counts = [count for _, count in fits["qat"]]
+    return {
+        **{model: weights.total(pairs) for model, pairs in fits.items()},
+        "changed": _weighted([row["changed"] for row in rows], counts),
+        "oscillating": _weighted([row["oscillating"] for row in rows], counts),
+        "snapshots": len(next(iter(histories.values()))),
+        "layers": rows,
+    }
+
+
+def look_at_activations(
+    context: Context, models: Models, blocks: Tensor, settings: InsightSettings
+) -> dict[str, Any]:
+    """Inputs of every quantized linear, and massive activations and sinks."""
+    schemes = activations.input_schemes(_weight_layers(models.qat))
+    result: dict[str, Any] = {}
+    by_layer: dict[str, dict[str, Any]] = {name: {"name": name} for name in schemes}
+    ranges: dict[str, float] | None = None
+    for model_name, model in models.items():
+        layers = activations.layer_activations(model, blocks, schemes, ranges)
+        ranges = ranges or {name: layer.static_range for name, layer in layers.items()}
+        for name, layer in layers.items():
+            by_layer[name][model_name] = layer.as_json()
+        result[model_name] = {
+            **activations.total(layers.values()),
+            "massive": activations.massive_activations(model, blocks)[:8],
+            "sinks": activations.attention_sinks(model, blocks[:1]),
+        }
+    return {**result, "layers": list(by_layer.values())}
+
+
+def look_at_importance(
+    context: Context, models: Models, blocks: Tensor, settings: InsightSettings
+) -> dict[str, Any]:
+    """Concentration of the neurons' importance, and the channel-pruning experiment."""
+    names = importance.last_projections(models.full_precision)
+    if not names:
+        return {}
+    result: dict[str, Any] = {"shares": list(importance.SHARES), "rise": settings.rise}
+    for model_name, model in models.items():
+        taylor, fisher = importance.neuron_importance(model, blocks, names)
+        curve = importance.pruned_perplexities(model, blocks, taylor)
+        result[model_name] = {
+            "taylor_gini": importance.gini(torch.cat(list(taylor.values()))),
+            "taylor_top": importance.top_share(torch.cat(list(taylor.values()))),
+            "fisher_gini": importance.gini(torch.cat(list(fisher.values()))),
+            "fisher_top": importance.top_share(torch.cat(list(fisher.values()))),
+            "perplexities": curve,
+            "tolerated": importance.tolerated_share(importance.SHARES, curve, settings.rise),
+        }
+    return result
+
+
+def look_at_scales(
+    context: Context, models: Models, blocks: Tensor, settings: InsightSettings
+) -> dict[str, Any]:
+    """How scales moved, and what each group of layers still costs."""
+    before, after = _weight_layers(models.ptq), _weight_layers(models.qat)
+    moves = {
+        name: scales.scale_moves(before[name].grid()[0], layer.grid()[0]) for name, layer in after.items()
+    }
+    layers = quant_layers(models.qat)
+    groups = len(scales.layer_groups(layers))
+    with context.console.progress(groups, "ablation") as meter:
+        ablation = scales.ablation(models.qat, layers, blocks, meter.update)
+    means = {
+        key: sum(move[key] for move in moves.values()) / len(moves) for key in ("mean", "spread", "moved")
+    }
+    return {**means, "ablation": ablation, "layers": [{"name": name, **move} for name, move in moves.items()]}
+
+
+_ANALYSES = {
+    "weights": look_at_weights,
+    "activations": look_at_activations,
+    "importance": look_at_importance,
+    "scales": look_at_scales,
+}
+
+
+def code_histories(
+    checkpoints: Path, before: Mapping[str, QuantizedWeight], after: Mapping[str, QuantizedWeight]
+) -> dict[str, list[Tensor]]:
+    """Codes of each layer at the start of training, at every checkpoint that was kept, and at its end."""
+    files = [folder / "model.safetensors" for folder in list_checkpoints(checkpoints)]
+    kept = [_codes_in(file, after) for file in files if file.exists()]
+    return {
+        name: [before[name].codes(), *(codes[name] for codes in kept if name in codes), layer.codes()]
+        for name, layer in after.items()
+    }
+
+
+def _codes_in(file: Path, layers: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+    """Codes of the layers in a checkpoint; the file's names may have a prefix."""
+    codes = {}
+    with safe_open(file, "pt") as tensors:
+        names = set(tensors.keys())
+        for name, layer in layers.items():
+            prefix = next(
+                (p for p in ("", "model.", "module.model.") if f"{p}{name}.weight_scale" in names), None
+            )
+            if prefix is None or layer.weight_scheme is None:
+                continue
+            stored = {
+                part: tensors.get_tensor(f"{prefix}{name}.{part}")
+                if f"{prefix}{name}.{part}" in names
+                else None
+                for part in ("weight", "weight_scale", "weight_zero_point")
+            }
+            weight, scale = stored["weight"], stored["weight_scale"]
+            assert weight is not None
+            assert scale is not None
+            matrix = weight.float().flatten(1)
+            codes[name] = quantize(matrix, scale, stored["weight_zero_point"], layer.weight_scheme)
+    return {name: tensor.to(layers[name].weight.device) for name, tensor in codes.items()}
+
+
+def _weight_layers(model: PreTrainedModel) -> dict[str, QuantizedWeight]:
+    return {name: layer for name, layer in quant_layers(model).items() if layer.weight_scheme is not None}
+
+
+def _weight_row(
+    name: str,
+    before: QuantizedWeight,
+    after: QuantizedWeight,
+    of: Mapping[str, weights.GridFit],
+    history: Sequence[Tensor],
+) -> dict[str, Any]:
+    assert after.weight_scheme is not None
+    parts = ("near", "distance", "clipped", "levels_used", "entropy_bits", "kurtosis", "tail")
+    return {
+        "name": name,
+        "bits": after.weight_scheme.bits,
+        "scale": float(after.grid()[0].detach().mean()),
+        "error_before": of["full_precision"].error,
+        "error_after": of["qat"].error,
+        "changed": weights.changed(before.codes(), after.codes()),
+        "oscillating": weights.oscillating(history),
+        **{model: {part: getattr(fit, part) for part in parts} for model, fit in of.items()},
+    }
+
+
+def _weighted(values: Sequence[float], counts: Sequence[int]) -> float:
+    return sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)

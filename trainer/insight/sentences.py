@@ -1,0 +1,186 @@
+"""What the figures of an analysis mean, in sentences that are made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qatapult.trainer.insight.weights import NEAR, TAIL
+from qatapult.trainer.report.text import number, percent
+
+#: A figure has changed if it did so by more than this share of its former value.
+_CHANGE = 0.05
+#: Changes are relative to no less than this: a kurtosis of 0.001 that halves has not fallen.
+_SMALL = 0.01
+
+
+def sentences(result: Mapping[str, Any]) -> dict[str, str]:
+    """One short paragraph for each part that was analysed."""
+    writers = {"weights": _weights, "activations": _activations, "importance": _importance, "scales": _scales}
+    return {part: write(result[part]) for part, write in writers.items() if result.get(part)}
+
+
+def claims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What is often said about quantization-aware training, held against this run's figures.
+
+    Returns:
+        `[{"claim", "before", "after", "verdict", "unit"}]`; the verdict is `confirmed`, `contradicted` or `no
+        change`.
+    """
+    found = []
+    weights, activations, importance = (result.get(part) for part in ("weights", "activations", "importance"))
+    if weights:
+        full, ptq, qat = weights["full_precision"], weights["ptq"], weights["qat"]
+        found.append(_claim("weights cluster at grid points", full["near"], qat["near"], rises=True))
+        found.append(_claim("tails of the weights shrink", full["tail"], qat["tail"], rises=False, digits=2))
+        found.append(
+            _claim("kurtosis of the weights falls", full["kurtosis"], qat["kurtosis"], rises=False, unit="")
+        )
+        found.append(
+            _claim("fewer weights are clipped", ptq["clipped"], qat["clipped"], rises=False, digits=2)
+        )
+    if activations:
+        ptq, qat = activations["ptq"], activations["qat"]
+        found.append(
+            _claim(
+                "fewer activations fall outside a fixed range",
+                ptq["beyond_static"],
+                qat["beyond_static"],
+                False,
+                2,
+            )
+        )
+        found.append(
+            _claim(
+                "outlier channels become fewer", ptq["outlier_channels"], qat["outlier_channels"], False, 2
+            )
+        )
+    if importance:
+        full, qat = importance["full_precision"], importance["qat"]
+        found.append(
+            _claim(
+                "importance concentrates in fewer neurons",
+                full["taylor_top"],
+                qat["taylor_top"],
+                rises=True,
+                digits=1,
+            )
+        )
+        found.append(
+            _claim("more channels can be pruned", full["tolerated"], qat["tolerated"], rises=True, digits=1)
+        )
+    return found
+
+
+def _claim(
+    claim: str, before: float, after: float, rises: bool, digits: int = 1, unit: str = "%"
+) -> dict[str, Any]:
+    change = (after - before) / max(abs(before), _SMALL)
+    moved = change if rises else -change
+    verdict = "confirmed" if moved > _CHANGE else "contradicted" if moved < -_CHANGE else "no change"
+    return {
+        "claim": claim,
+        "before": before,
+        "after": after,
+        "verdict": verdict,
+        "unit": unit,
+        "digits": digits,
+    }
+
+
+def _weights(part: Mapping[str, Any]) -> str:
+    full, ptq, qat = part["full_precision"], part["ptq"], part["qat"]
+    pulled = (
+        "pulled weights towards"
+        if qat["near"] > full["near"] * (1 + _CHANGE)
+        else "did not pull weights towards"
+    )
+    text = (
+        f"Training {pulled} grid points: {percent(qat['near'], 1)} of them lie within {NEAR} steps of "
+        f"one, against "
+        f"{percent(full['near'], 1)} before (20 % would be chance). "
+        f"{percent(part['changed'], 1)} of the codes differ from those that training started from. "
+        f"Beyond {TAIL:g} standard deviations lie {percent(qat['tail'], 2)} (before "
+        f"{percent(full['tail'], 2)}; a normal "
+        f"distribution has 0.27 %), excess kurtosis goes from {number(full['kurtosis'])} to "
+        f"{number(qat['kurtosis'])}. "
+        f"Clipped are {percent(qat['clipped'], 2)} of the weights, {percent(ptq['clipped'], 2)} after PTQ."
+    )
+    if part["snapshots"] >= 3:
+        text += (
+            f" Over the {part['snapshots']} stored states {percent(part['oscillating'], 1)} of the "
+            f"weights turned back "
+            "to a code that they had left."
+        )
+    return text
+
+
+def _activations(part: Mapping[str, Any]) -> str:
+    full, ptq, qat = part["full_precision"], part["ptq"], part["qat"]
+    worst = max(part["layers"], key=lambda layer: layer["qat"]["worst_ratio"])
+    entry = worst["qat"]
+    text = (
+        f"The largest outlier after training is channel {entry['worst_channel']} of the input of "
+        f"{worst['name']}: "
+        f"{entry['worst_ratio']:,.0f} times the median channel. "
+    )
+    if qat["sqnr_db"] is not None:
+        text += (
+            f"Quantizing the inputs leaves {qat['sqnr_db']:.1f} dB of signal to noise on average "
+            f"({full['sqnr_db']:.1f} dB at full precision, {ptq['sqnr_db']:.1f} dB after PTQ). "
+        )
+    if qat["clipped"] == 0:
+        text += "Nothing is clipped: each token's range fits its values. "
+    text += (
+        f"A range fixed on full precision would leave {percent(qat['beyond_static'], 2)} outside "
+        f"({percent(ptq['beyond_static'], 2)} after PTQ). "
+    )
+    massive = qat["massive"]
+    if massive:
+        top = massive[0]
+        text += (
+            f"The residual stream has massive activations in {len(massive)} channels, the largest "
+            f"{top['value']:,.0f} in "
+            f"channel {top['channel']} from layer {top['layers'][0]} on, "
+            f"{percent(top['at_first_token'])} of them at the "
+            "first token. "
+        )
+    sinks = qat["sinks"]
+    return (
+        text + f"On average {percent(sum(sinks) / len(sinks))} of the attention sinks into the first token."
+    )
+
+
+def _importance(part: Mapping[str, Any]) -> str:
+    full, ptq, qat = part["full_precision"], part["ptq"], part["qat"]
+    return (
+        f"The most important tenth of the MLP channels carries {percent(qat['taylor_top'], 1)} of the "
+        f"importance after "
+        f"training, {percent(full['taylor_top'], 1)} at full precision. Without the least important "
+        f"channels the "
+        f"perplexity rises by {percent(part['rise'])} when {percent(full['tolerated'], 1)} are gone at "
+        f"full precision, "
+        f"{percent(ptq['tolerated'], 1)} after PTQ and {percent(qat['tolerated'], 1)} after training."
+    )
+
+
+def _scales(part: Mapping[str, Any]) -> str:
+    groups = part["ablation"]["groups"]
+    blocks = [group for group in groups if group["name"].startswith("block ")]
+    roles = [group for group in groups if not group["name"].startswith("block ")]
+    direction = "grew" if part["mean"] > 0 else "shrank"
+    text = (
+        f"Scales {direction} by {percent(abs(2 ** part['mean'] - 1), 1)} on average; "
+        f"{percent(part['moved'])} of them "
+        "moved by more than 5 %. "
+    )
+    if blocks and roles and roles[0]["cost"] > 0:
+        text += (
+            f"What costs most now is {roles[0]['name']} (perplexity "
+            f"{number(part['ablation']['perplexity'])} → "
+            f"{number(roles[0]['perplexity'])} without its quantization) and {blocks[0]['name']} "
+            f"(→ {number(blocks[0]['perplexity'])}). To win that back, give those layers more bits: an "
+            f"override for "
+            f"*.{roles[0]['name']} in the recipe, or `qatapult search`."
+        )
+    return text
