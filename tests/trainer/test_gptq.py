@@ -7,12 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qatapult.kernels import Scheme, choose_range, dequantize, quantize
-from qatapult.trainer.models import load_model
+from qatapult.trainer.data.blocks import load_data
+from qatapult.trainer.models import load_model, load_tokenizer
+from qatapult.trainer.quantize.modules import QuantLinear
 from qatapult.trainer.quantize.prepare import prepare, quant_layers
-from qatapult.trainer.quantize.ptq.calibration import decoder_blocks, hessian_of, walk_blocks
-from qatapult.trainer.quantize.ptq.gptq import Factor, gptq_weight
+from qatapult.trainer.quantize.ptq.calibration import decoder_blocks, hessian_of, spread_blocks, walk_blocks
+from qatapult.trainer.quantize.ptq.gptq import Factor, compensate, gptq_weight
 from qatapult.trainer.quantize.ptq.gptq import quantize as gptq
 from qatapult.trainer.recipe import schema
+from qatapult.trainer.recipe.loading import load_recipe
 
 SCHEMES = [
     Scheme(bits=4),
@@ -212,3 +215,32 @@ def test_the_scale_dtype_of_the_deployment_is_kept() -> None:
     )
     assert torch.equal(scale, scale.half().float())
     assert torch.equal(quantize(kept, scale, None, scheme), codes)
+
+
+def test_calibration_blocks_are_spread_over_the_text() -> None:
+    train = torch.arange(100).view(100, 1)
+    assert spread_blocks(train, 4).flatten().tolist() == [0, 33, 66, 99]
+    assert torch.equal(spread_blocks(train, 200), train)
+
+
+@pytest.mark.slow
+def test_every_layer_of_a_trained_model_has_less_error_than_round_to_nearest() -> None:
+    pytest.importorskip("gguf")
+    recipe = load_recipe("smollm2-135m-w4a8", ["data.block_size=256"])
+    model = load_model(recipe.model)
+    calibration = spread_blocks(load_data(recipe, load_tokenizer(recipe.model)).train, 4)
+    prepare(model, recipe.quantization)
+    names = {layer: name for name, layer in quant_layers(model).items()}
+    worse: list[str] = []
+
+    def on_input(layer: torch.nn.Module, inputs: torch.Tensor) -> None:
+        assert isinstance(layer, QuantLinear)
+        seen, weight = layer.fake_quantized_input(inputs).flatten(0, -2), layer.weight.detach().clone()
+        nearest = output_error(seen, weight, layer.fake_quantized_weight().detach())
+        compensate(layer, Factor(hessian_of(seen), 0.01, act_order=True))
+        if output_error(seen, weight, layer.fake_quantized_weight().detach()) >= nearest:
+            worse.append(names[layer])
+
+    walk_blocks(model, calibration, on_input)
+    assert len(names) == 210
+    assert not worse

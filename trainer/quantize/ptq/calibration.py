@@ -21,6 +21,18 @@ _EMBED_ROWS = 8
 _PANELS = 4
 
 
+def spread_blocks(train: Tensor, count: int) -> Tensor:
+    """Calibration text: `count` blocks at even distances, so that every part of the text has its say.
+
+    Args:
+        train: training blocks `[blocks, block_size]`.
+        count: how many to take; all if there are fewer.
+    """
+    if count >= len(train):
+        return train
+    return train[torch.linspace(0, len(train) - 1, count).round().long()]
+
+
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     """The list of decoder blocks: the module list that holds most of the model's parameters.
 
