@@ -1,9 +1,8 @@
 """Compile a C++ file once a machine and call it through ctypes: no torch headers, so it takes two seconds.
 
 A CPU path is a file of `extern "C"` functions on raw pointers. `load(path)` compiles it with the machine's
-compiler for its processor, keeps the library in the cache folder of the user, and returns it; or None, with one
-one warning, where there is no compiler: operators then run their torch reference. Nothing happens
-at import.
+compiler for its processor, keeps the library in the user's cache folder, and returns it; or None, with one
+warning, where there is no compiler: operators then run their torch reference. Nothing happens at import.
 
 Arithmetic is IEEE as written: multiply-add is not contracted and nothing is reassociated, except in
 reductions that the source marks with `#pragma omp simd reduction`. Loops marked with `#pragma omp parallel`

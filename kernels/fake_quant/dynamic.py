@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from qatapult.kernels.common.backend import backend_for
+from qatapult.kernels.common.operator import blocks_batch, differentiable
 from qatapult.kernels.ranges import choose_range, finite, minmax_of, scale_of_range
 from qatapult.kernels.scheme import ScaleDtype, Scheme
 
@@ -34,7 +35,9 @@ def fake_quantize_dynamic(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """
     if not _fuses(x, scheme):
         return fake_quantize(x, *choose_range(x, scheme), scheme=scheme, gradient="ste")
-    return _fake_quantize_dynamic(x, scheme.block_size(x.shape[-1]), *Grid.of(scheme), *RangeRule.of(scheme))
+    numbers = (scheme.block_size(x.shape[-1]), *Grid.of(scheme), *RangeRule.of(scheme))
+    result: torch.Tensor = _differentiable(x, *numbers)
+    return result
 
 
 def quantize_dynamic(
@@ -107,7 +110,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     return grad, *(None,) * 7
 
 
-_fake_quantize_dynamic.register_autograd(_backward)
+_differentiable = differentiable(_fake_quantize_dynamic, _backward)
 
 
 @torch.library.custom_op("qatapult::quantize_dynamic", mutates_args=())
@@ -148,6 +151,10 @@ def _(
     scale = x.new_empty(_scale_shape(x, block), dtype=torch.float32)
     zero_point = x.new_empty(0, dtype=torch.float32) if symmetric else torch.empty_like(scale)
     return x.new_empty(x.shape, dtype=torch.int8), scale, zero_point
+
+
+for _operator in (_fake_quantize_dynamic, _quantize_dynamic):
+    blocks_batch(_operator)
 
 
 def _scale_shape(x: torch.Tensor, block: int) -> tuple[int, ...]:

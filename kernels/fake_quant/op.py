@@ -10,6 +10,7 @@ from typing import Any, get_args
 import torch
 from qatapult.kernels.blocks import check_scale
 from qatapult.kernels.common.backend import backend_for
+from qatapult.kernels.common.operator import blocks_batch, differentiable
 from qatapult.kernels.scheme import Scheme
 
 from . import cpu, reference
@@ -71,7 +72,8 @@ def fake_quantize(
     grid = Grid.of(scheme)
     elements = x.numel() // max(1, scale.numel())
     factor = 1 / math.sqrt(max(1, elements) * grid.top) if gradient == "lsq" else 1.0
-    return _fake_quantize(x, scale, zero_point, *grid, gradient, factor)
+    result: torch.Tensor = _differentiable(x, scale, zero_point, *grid, gradient, factor)
+    return result
 
 
 def quantize_codes(
@@ -172,6 +174,15 @@ def _none(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(0, dtype=torch.float32)
 
 
+def _second(ctx: Any, *_: torch.Tensor) -> None:
+    raise RuntimeError(
+        "fake_quantize has no second derivative: the straight-through rules are not functions' slopes"
+    )
+
+
+_gradients = differentiable(_fake_quantize_backward, _second)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, scale, zero_point, *ctx.numbers = inputs
     ctx.save_for_backward(x, scale, zero_point)
@@ -179,8 +190,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, scale, zero_point = ctx.saved_tensors
-    grad_x, grad_scale, grad_zero = _fake_quantize_backward(grad, x, scale, zero_point, *ctx.numbers)
+    gradient = ctx.numbers[3]
+    grad_x, grad_scale, grad_zero = _gradients(grad, x, scale, zero_point, *ctx.numbers)
     needs_x, needs_scale, needs_zero = ctx.needs_input_grad[:3]
+    if gradient == "ste":
+        needs_scale = needs_zero = False
     return (
         grad_x if needs_x else None,
         grad_scale.to(scale.dtype) if needs_scale else None,
@@ -189,4 +203,6 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     )
 
 
-_fake_quantize.register_autograd(_backward, setup_context=_setup_context)
+_differentiable = differentiable(_fake_quantize, _backward, _setup_context)
+for _operator in (_quantize, _fake_quantize, _fake_quantize_backward):
+    blocks_batch(_operator)

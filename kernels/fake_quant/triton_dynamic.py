@@ -7,6 +7,8 @@ Prefixes as in `triton_kernel.py`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -129,34 +131,27 @@ def _launch(
 def aot_cases() -> list[AotCase]:
     """Each shape class that is launched; see `common.aot`."""
     cases = []
-    for size, dtype, symmetric in (
-        (576, "bf16", True),
-        (4096, "bf16", True),
-        (4096, "bf16", False),
-        (4096, "fp32", True),
-        (11008, "bf16", True),
-        (32768, "bf16", True),
-        (128, "fp16", True),
+    for size, dtype, symmetric, codes in (
+        (576, "bf16", True, True),
+        (4096, "bf16", True, False),
+        (4096, "bf16", True, True),
+        (4096, "bf16", False, True),
+        (11008, "bf16", True, False),
+        (32768, "bf16", True, True),
+        (128, "fp16", True, False),
     ):
         rows, cols, warps = tile_of(size)
-        for codes in (False, True):
-            signature = {"p_x": f"*{dtype}", "p_out": "*i8" if codes else f"*{dtype}"}
-            constants = {
-                "QMIN": -128,
-                "QMAX": 127,
-                "OFFSET": 0.0,
-                "SYMMETRIC": symmetric,
-                "STORED": "float32",
-            }
-            constants |= {"CODES": codes, "ROWS": rows, "COLS": cols}
-            for name, present in (("p_scale", codes), ("p_zero", codes and not symmetric)):
-                if present:
-                    signature[name] = "*fp32"
-                else:
-                    constants[name] = None
-            aligned = (*signature, "rows", "size")
-            signature |= {"rows": "i32", "size": "i32", "steps": "fp32"}
-            kind = f"{'quantize' if codes else 'fake-quantize'} {size}{'' if symmetric else ' asymmetric'}"
-            name = f"dynamic {kind} {dtype}"
-            cases.append(AotCase(name, dynamic_kernel, signature, constants, warps, aligned=aligned))
+        constants: dict[str, Any] = {"QMIN": -128, "QMAX": 127, "OFFSET": 0.0, "SYMMETRIC": symmetric}
+        constants |= {"STORED": "float32", "CODES": codes, "ROWS": rows, "COLS": cols}
+        signature = {"p_x": f"*{dtype}", "p_out": "*i8" if codes else f"*{dtype}"}
+        for name, present in (("p_scale", codes), ("p_zero", codes and not symmetric)):
+            if present:
+                signature[name] = "*fp32"
+            else:
+                constants[name] = None
+        aligned = (*signature, "rows", "size")
+        signature |= {"rows": "i32", "size": "i32", "steps": "fp32"}
+        kind = f"{'quantize' if codes else 'fake-quantize'} {size}{'' if symmetric else ' asymmetric'}"
+        name = f"dynamic {kind} {dtype}"
+        cases.append(AotCase(name, dynamic_kernel, signature, constants, warps, aligned=aligned))
     return cases

@@ -213,7 +213,6 @@ def aot_cases() -> list[AotCase]:
         ("channel 4096 bf16", 4096, "bf16", False),
         ("channel 11008 bf16", 11008, "bf16", False),
         ("channel 4096 fp32", 4096, "fp32", False),
-        ("g128 bf16", 128, "bf16", False),
         ("g128 asymmetric bf16", 128, "bf16", True),
         ("g32 fp16", 32, "fp16", False),
     ):
@@ -223,7 +222,7 @@ def aot_cases() -> list[AotCase]:
         tensors = {"p_x": f"*{dtype}", "p_scale": "*fp32"} | ({"p_zero": "*fp32"} if zero else {})
         none: dict[str, Any] = {} if zero else {"p_zero": None}
         sizes = {"blocks": "i32", "size": "i32"}
-        for codes in (False, True):
+        for codes in (False, True) if name == "channel 4096 bf16" else (False,):
             signature = tensors | {"p_out": "*i8" if codes else f"*{dtype}"} | sizes
             label = f"{'quantize' if codes else 'forward'} {name}"
             aligned = (*(name for name, kind in signature.items() if kind[0] == "*"), "blocks", "size")

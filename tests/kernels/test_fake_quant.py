@@ -221,7 +221,7 @@ def test_triton_splits_long_blocks() -> None:
 
 
 def test_smooth_parts_pass_gradcheck() -> None:
-    """Outside of the range the value is `level · scale`: the rules give the true gradient, up to their factor."""
+    """Outside of the range the value is `level · scale`: there the rules give the true gradient."""
     scheme = Scheme(bits=4)
     x = torch.tensor([[40.0, -60.0, 90.0, -33.0]])
     scale = torch.tensor([[1.5]], requires_grad=True)
