@@ -24,10 +24,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import copy_bandwidth, cpu_times, graph_time
-
 from qatapult.kernels import Scheme, pack, packed_linear, prepare_weight, quantize_activations
 from qatapult.kernels.int_gemm.configs import GemmConfig, Problem, candidates, default_config, write_table
+from timing import copy_bandwidth, cpu_times, graph_time
 
 TOKENS = Scheme(granularity="token")
 #: Layers of LLaMA-2-7B and Llama-3-8B as [N, K], and one matrix of more than 200 MB at 4 bits.
@@ -69,11 +68,22 @@ class Layer:
         groups = k // group if group else 1
         self.scale = torch.rand(groups, n, device="cuda").t() * 0.01 + 0.001
 
-    def product(self, x: torch.Tensor, token_scale: torch.Tensor | None, config: GemmConfig, copy: int) -> torch.Tensor:
+    def product(
+        self, x: torch.Tensor, token_scale: torch.Tensor | None, config: GemmConfig, copy: int
+    ) -> torch.Tensor:
         from qatapult.kernels.int_gemm.cuda import packed_product_triton
 
         return packed_product_triton(
-            x, token_scale, self.tiles[copy], self.scale, None, None, self.layout, False, torch.bfloat16, config
+            x,
+            token_scale,
+            self.tiles[copy],
+            self.scale,
+            None,
+            None,
+            self.layout,
+            False,
+            torch.bfloat16,
+            config,
         )
 
     def expected(self, x: torch.Tensor, token_scale: torch.Tensor | None) -> torch.Tensor:
@@ -85,7 +95,9 @@ class Layer:
 def inputs(m: int, k: int, activation_bits: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     if activation_bits == 16:
         return torch.randn(m, k, device="cuda").bfloat16(), None
-    return torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda"), torch.rand(m, 1, device="cuda") * 0.1
+    return torch.randint(-127, 128, (m, k), dtype=torch.int8, device="cuda"), torch.rand(
+        m, 1, device="cuda"
+    ) * 0.1
 
 
 def compile_config(job: tuple[int, int, int, int, int, GemmConfig]) -> str | None:
@@ -109,7 +121,9 @@ def tune(options: argparse.Namespace) -> list[tuple[Problem, GemmConfig]]:
     ]
     unit = 64 * 8 // options.bits
     jobs = {
-        (256, 4096, p.bits, p.group, p.activation_bits, config) for p in problems for config in candidates(p, unit)
+        (256, 4096, p.bits, p.group, p.activation_bits, config)
+        for p in problems
+        for config in candidates(p, unit)
     }
     start = time.monotonic()
     workers = min(16, os.cpu_count() or 1)
@@ -119,7 +133,9 @@ def tune(options: argparse.Namespace) -> list[tuple[Problem, GemmConfig]]:
     for failure in failures:
         print("  failed:", failure)
     best = []
-    for (n, k, group), same in itertools.groupby(problems_by_layer(problems), key=lambda p: (p.n, p.k, p.group)):
+    for (n, k, group), same in itertools.groupby(
+        problems_by_layer(problems), key=lambda p: (p.n, p.k, p.group)
+    ):
         layer = Layer(n, k, options.bits, group, copies_for(n * k * options.bits // 8))
         for problem in same:
             if time.monotonic() - start > options.minutes * 60:
@@ -180,7 +196,10 @@ def gpu_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
     for (n, k), group in itertools.product(options.shapes, options.groups):
         layer = Layer(n, k, options.bits, group, copies_for(n * k * options.bits // 8))
         plain = [torch.randn(n, k, device="cuda").bfloat16() for _ in range(copies_for(2 * n * k))]
-        whole = [torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(copies_for(n * k))]
+        whole = [
+            torch.randint(-127, 128, (n, k), dtype=torch.int8, device="cuda")
+            for _ in range(copies_for(n * k))
+        ]
         for m in options.tokens:
             problem = Problem(m, n, k, options.bits, group, options.activation_bits)
             config = choose_config(problem, 10 * capability[0] + capability[1], layer.layout.unit)
@@ -193,7 +212,11 @@ def gpu_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
 
             copies = range(len(layer.tiles))
             ours = graph_time([lambda i=i: layer.product(x, token_scale, config, i) for i in copies])  # type: ignore[misc]
-            both = ours if token_scale is None else graph_time([lambda i=i: with_quantization(i) for i in copies])  # type: ignore[misc]
+            both = (
+                ours
+                if token_scale is None
+                else graph_time([lambda i=i: with_quantization(i) for i in copies])
+            )  # type: ignore[misc]
             bf16 = graph_time([lambda w=w: tokens @ w.t() for w in plain])  # type: ignore[misc]
             int8 = None
             if m > 16 and token_scale is not None:
@@ -231,7 +254,9 @@ def cpu_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
             }
         )
         limit = (n * k * options.bits / 8 + 2 * m * (n + k)) / bandwidth
-        rows.append(Row(n, k, m, group, times["ours"], times["ours"], times["bf16"], limit, times["fp32"], None))
+        rows.append(
+            Row(n, k, m, group, times["ours"], times["ours"], times["bf16"], limit, times["fp32"], None)
+        )
     return rows, {"copy bandwidth, bytes/s": bandwidth}
 
 
@@ -256,13 +281,17 @@ def table(rows: list[Row], gpu: bool) -> str:
 
 def parse() -> argparse.Namespace:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bits", type=int, default=4, choices=(8, 4, 3, 2, 1))
     parser.add_argument("--activation-bits", type=int, default=8, choices=(8, 16))
     parser.add_argument("--groups", default="0,128" if gpu else "0,64", help="0 is one scale a channel")
     parser.add_argument("--tokens", default=",".join(map(str, GPU_TOKENS if gpu else CPU_TOKENS)))
     parser.add_argument("--shapes", help="NxK,NxK,…")
-    parser.add_argument("--sweep", action="store_true", help="measure all candidate configurations first (GPU)")
+    parser.add_argument(
+        "--sweep", action="store_true", help="measure all candidate configurations first (GPU)"
+    )
     parser.add_argument("--minutes", type=float, default=5.0, help="when the sweep stops")
     parser.add_argument("--table", type=Path, help="file that the sweep writes and the products then use")
     parser.add_argument("--json", type=Path, help="file for the figures")

@@ -137,7 +137,9 @@ def write_table(path: Path, rows: list[tuple[Problem, GemmConfig]]) -> None:
     """Store measured configurations, one a line; those of other problems that the file holds already stay."""
     held = dict(read_table(path)) if path.exists() else {}
     ordered = sorted((held | dict(rows)).items(), key=lambda row: str(row[0]))
-    lines = [json.dumps({"problem": asdict(problem), "config": asdict(config)}) for problem, config in ordered]
+    lines = [
+        json.dumps({"problem": asdict(problem), "config": asdict(config)}) for problem, config in ordered
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
     read_table.cache_clear()

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import torch
+from qatapult.kernels.fake_quant.dynamic import quantize_dynamic
+from qatapult.kernels.scheme import Scheme
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qatapult.kernels.common.backend import backend_for
-from qatapult.kernels.scheme import Scheme
-
-from .activations import MAX_FEATURES, is_plain, quantize_tokens
 from .cpu import int_matmul_cpu, integer_linear_cpu
-from .reference import quantize_activations_reference
 from .weights import Layout, PreparedWeight, check_schemes, prepare_weight
 
 
@@ -66,23 +63,8 @@ def quantize_activations(x: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         ValueError: for a scheme that is not per token and symmetric on the integer grid.
     """
     check_schemes(Scheme(), scheme)
-    if not is_plain(scheme):
-        return quantize_activations_reference(x, scheme)
-    return _quantize_activations(x.detach(), scheme.qmin, scheme.qmax, getattr(torch, scheme.scale_dtype))
-
-
-@torch.library.custom_op("qatapult::quantize_activations", mutates_args=())
-def _quantize_activations(x: Tensor, qmin: int, qmax: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    if backend_for(x) == "triton" and x.shape[-1] <= MAX_FEATURES:
-        from .triton_activations import quantize_tokens_triton
-
-        return quantize_tokens_triton(x, (qmax - qmin) / 2, qmin, qmax, scale_dtype)
-    return quantize_tokens(x, (qmax - qmin) / 2, qmin, qmax, scale_dtype)
-
-
-@_quantize_activations.register_fake
-def _(x: Tensor, qmin: int, qmax: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    codes, scale, _ = quantize_dynamic(x.detach(), scheme)
+    return codes, scale
 
 
 def packed_linear(

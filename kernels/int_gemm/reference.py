@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
+from qatapult.kernels.grid import dequantize, quantize
+from qatapult.kernels.packing import unpack
+from qatapult.kernels.ranges import choose_range
+from qatapult.kernels.scheme import Scheme
 from torch import Tensor
-
-from ..grid import dequantize, quantize
-from ..packing import unpack
-from ..ranges import choose_range
-from ..scheme import Scheme
 
 
 def int_matmul_reference(a: Tensor, b: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The kernels' shipped configurations, for ahead-of-time compilation (`kernels.common.aot`).
 
-    python -m qatapult.kernels.common.aot qatapult.kernels.int_gemm.shipped
+python -m qatapult.kernels.common.aot qatapult.kernels.int_gemm.shipped
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from qatapult.kernels.common.aot import AotCase
 
 from .configs import BUCKETS, GemmConfig, Problem, default_config, read_table
 from .tiles import TileLayout
-from .triton_activations import quantize_token
 from .triton_kernel import packed_gemm
 
 
@@ -54,7 +53,7 @@ OTHER_KINDS = (
 
 
 def aot_cases() -> list[AotCase]:
-    """Every configuration of the main kinds, one of each other kind, and the quantization of activations."""
+    """Every configuration of the main kinds, one of each other kind."""
     tables = (Path(__file__).parent / "tables").glob("sm_*.json")
     measured = {(bool(p.group), config) for table in tables for p, config in read_table(table)}
     cases = []
@@ -62,8 +61,7 @@ def aot_cases() -> list[AotCase]:
         configs = {_rule(bucket, kind) for bucket in BUCKETS}
         configs |= {config for grouped, config in measured if grouped == bool(kind.group)}
         cases += [_case(kind, config) for config in sorted(configs, key=str)]
-    cases += [_case(kind, _rule(BUCKETS[i % 2 * 5], kind)) for i, kind in enumerate(OTHER_KINDS)]
-    return cases + [_quantization(4096)]
+    return cases + [_case(kind, _rule(BUCKETS[i % 2 * 5], kind)) for i, kind in enumerate(OTHER_KINDS)]
 
 
 def _rule(bucket: int, kind: Kind) -> GemmConfig:
@@ -75,7 +73,14 @@ def _case(kind: Kind, config: GemmConfig) -> AotCase:
     integer = kind.activations == "i8"
     layout = TileLayout(kind.bits, 32 if kind.group == 32 else 64)
     fp32 = ("token_scale", "scale", "shift")
-    kinds = {"x": kind.activations, "w": "i8", "y": "bf16", "row_sum": "i32", "bias": "bf16", "counter": "i32"}
+    kinds = {
+        "x": kind.activations,
+        "w": "i8",
+        "y": "bf16",
+        "row_sum": "i32",
+        "bias": "bf16",
+        "counter": "i32",
+    }
     kinds |= dict.fromkeys(fp32, "fp32") | {"partial": "i32" if integer and not kind.group else "fp32"}
     pointers = {name: f"*{dtype}" for name, dtype in kinds.items()}
     return AotCase(
@@ -101,22 +106,4 @@ def _case(kind: Kind, config: GemmConfig) -> AotCase:
         num_warps=config.warps,
         num_stages=config.stages,
         aligned=(*pointers, "N", "K", "rows"),
-    )
-
-
-def _quantization(block: int) -> AotCase:
-    return AotCase(
-        name=f"quantize tokens of up to {block}",
-        kernel=quantize_token,
-        signature={"x": "*bf16", "codes": "*i8", "scale": "*fp32", "K": "i32"},
-        constexprs={
-            "STEPS": 127.5,
-            "QMIN": -128,
-            "QMAX": 127,
-            "LARGEST": 3.4028234663852886e38,
-            "SCALE_DTYPE": "float32",
-            "BLOCK": block,
-        },
-        num_warps=max(1, min(16, block // 1024)),
-        aligned=("x", "codes", "scale", "K"),
     )

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 from qatapult.kernels.common.backend import interpreting
 
 #: The interpreter runs no inline assembly.
@@ -68,7 +67,9 @@ def _float_codes(codes, like, WIDTH: tl.constexpr):  # type: ignore[no-untyped-d
     fused: tl.constexpr = _ASM and (dtype == tl.float16 or (dtype == tl.bfloat16 and WIDTH < 8))
     if fused:
         asm: tl.constexpr = _float_asm(WIDTH, dtype == tl.bfloat16)
-        out = tl.inline_asm_elementwise(asm, "=r,=r,r", [codes], dtype=like.dtype.element_ty, is_pure=True, pack=4)
+        out = tl.inline_asm_elementwise(
+            asm, "=r,=r,r", [codes], dtype=like.dtype.element_ty, is_pure=True, pack=4
+        )
     else:
         out = (codes >> (8 - WIDTH)).to(dtype)
     return out

@@ -1,8 +1,8 @@
 """Weights laid out once, at load, for the product that the device at hand is good at.
 
 A packed weight stands for `value = (code − shift) · scale`, where `shift` is the zero point less the scheme's
-`level_offset`. Wherever the shifted codes still fit the operand they are folded into it (`4q − z`, or `2q + 1` on
-a stretched grid, with half the scale), so that the product needs no correction afterwards.
+`level_offset`. Wherever the shifted codes still fit the operand they are stored instead of the codes, so that the
+product needs no correction afterwards.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import torch
-from torch import Tensor
-
 from qatapult.kernels.common.backend import backend_for
 from qatapult.kernels.packing import unpack
 from qatapult.kernels.scheme import Scheme
+from torch import Tensor
 
 from .tiles import TileLayout, slice_width_of, to_tiles
 
@@ -93,44 +92,47 @@ def scale_and_shift(
     return scale, None if zero is None else zero - scheme.level_offset
 
 
-def fold_shift(
-    codes: Tensor, scale: Tensor, shift: Tensor | None, limit: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Move the shift into the codes where the result is an integer of magnitude at most `limit`.
-
-    Args:
-        codes: int8 [N, K].
-        scale: fp32 [N, G].
-        shift: fp32 [N, G] in halves, or None.
-        limit: 127 for int8 operands, larger for floating-point ones.
+def fold_shift(codes: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Move the shift into int8 codes where the result fits: `q − z`, or `2q + 1` at half the scale.
 
     Returns:
-        int16 codes, scales and what is left of the shift: all of it where folding would not fit.
+        Codes, scales and what is left of the shift: all of it where folding would not fit.
     """
-    wide = codes.to(torch.int16)
     if shift is None:
-        return wide, scale, None
-    halves = 2 if bool((shift != shift.round()).any()) else 1
-    per_element = (
-        (shift * halves).round().to(torch.int16).repeat_interleave(codes.shape[1] // shift.shape[1], 1)
-    )
-    folded = wide * halves - per_element
-    if folded.numel() and int(folded.abs().max()) > limit:
-        return wide, scale, shift
-    return folded, scale / halves, None
+        return codes, scale, None
+    steps = 2 if bool((shift != shift.round()).any()) else 1
+    shifted = shift_codes(codes, shift) * steps
+    if shifted.numel() and float(shifted.abs().max()) > 127:
+        return codes, scale, shift
+    return shifted.to(torch.int8), scale / steps, None
 
 
-def exact_span(codes: Tensor) -> int:
+def shift_codes(codes: Tensor, shift: Tensor | None) -> Tensor:
+    """`codes − shift` in fp32, exactly; [N, K] and [N, G]."""
+    values = codes.float()
+    if shift is not None:
+        values.unflatten(1, (shift.shape[1], -1)).sub_(shift[..., None])
+    return values
+
+
+def exact_span(values: Tensor, scheme: Scheme, zero_point: Tensor | None) -> int:
     """Longest slice of K over which products with int8 codes sum exactly in fp32, for any activations.
 
-    The bound is the largest row sum of magnitudes, which is some four times looser than `K · max|code|`.
+    First by the grid alone, `K · max|code| · 128 < 2^24`; where that is too short for a row, by the largest row
+    sum of magnitudes, some four times longer. Halves count twice.
     """
-    features = codes.shape[1]
-    magnitude = codes.abs().float()
-    span = features
+    features = values.shape[1]
+    halves = 2 if scheme.level_offset else 1
+    largest = (scheme.levels if zero_point is not None else -scheme.qmin) * halves
+    span = (EXACT_FLOAT32 - 1) // (MAX_ACTIVATION * largest)
+    if zero_point is not None and not bool(((zero_point >= scheme.qmin) & (zero_point <= scheme.qmax)).all()):
+        span = 1
+    if span >= features:
+        return features
+    magnitude, span = values.abs(), features
     while span > 1:
-        pieces = magnitude.split(span, dim=1)
-        if max(float(piece.sum(1).max()) for piece in pieces) * MAX_ACTIVATION < EXACT_FLOAT32:
+        sums = torch.stack([piece.sum(1).max() for piece in magnitude.split(span, dim=1)])
+        if float(sums.max()) * MAX_ACTIVATION * halves < EXACT_FLOAT32:
             break
         span = (span + 1) // 2
     return span
@@ -152,17 +154,14 @@ def prepare_codes(
         return PreparedWeight(tiles, scale, zero, scheme, "tiles", features, slice_width=width)
     scale, shift = scale_and_shift(scale, zero_point, scheme, rows)
     if activation_scheme is not None and codes.device.type == "cpu" and torch.cpu._is_vnni_supported():
-        wide, scale, shift = fold_shift(codes, scale, shift, limit=127)
-        groups = wide.to(torch.int8).unflatten(1, (scale.shape[1], -1)).transpose(0, 1).contiguous()
+        folded, scale, shift = fold_shift(codes, scale, shift)
+        groups = folded.unflatten(1, (scale.shape[1], -1)).transpose(0, 1).contiguous()
         return PreparedWeight(groups, scale, shift, scheme, "int8", features)
-    wide, scale, shift = fold_shift(codes, scale, shift, limit=2**14)
-    if shift is not None:
-        raise ValueError(f"zero points up to {shift.abs().max():g} are out of reach of the codes")
+    values = shift_codes(codes, shift)
     if scale.shape[1] == 1 and activation_scheme is not None:
-        return PreparedWeight(
-            wide.float(), scale, None, scheme, "codes", features, exact_span=max(exact_span(wide), 1)
-        )
-    values = wide.float() * scale.repeat_interleave(features // scale.shape[1], 1)
+        span = max(1, exact_span(values, scheme, zero_point))
+        return PreparedWeight(values, scale, None, scheme, "codes", features, exact_span=span)
+    values.unflatten(1, (scale.shape[1], -1)).mul_(scale[..., None])
     return PreparedWeight(values, scale, None, scheme, "values", features)
 
 

@@ -6,16 +6,15 @@ import math
 from typing import Any, Literal, cast, get_args
 
 import torch
+from qatapult.kernels.fake_quant.op import fake_quantize
+from qatapult.kernels.fake_quant.spec import Gradient, Grid
+from qatapult.kernels.grid import check_scale, dequantize, quantize
+from qatapult.kernels.int_gemm.op import multiply_prepared, quantize_activations
+from qatapult.kernels.int_gemm.weights import check_schemes, prepare_codes
+from qatapult.kernels.scheme import TERNARY, Granularity, ScaleDtype, Scheme
+from qatapult.kernels.scheme import Grid as GridKind
 from torch import Tensor
 
-from ..fake_quant.op import fake_quantize
-from ..fake_quant.spec import Gradient, Grid
-from ..grid import check_scale, dequantize, quantize
-from ..int_gemm.activations import is_plain
-from ..int_gemm.op import multiply_prepared, quantize_activations
-from ..int_gemm.weights import check_schemes, prepare_codes
-from ..scheme import TERNARY, Granularity, ScaleDtype, Scheme
-from ..scheme import Grid as GridKind
 from .reference import fake_quantized_linear
 
 Mode = Literal["auto", "integer", "fake"]
@@ -67,7 +66,7 @@ def quantized_linear(
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     integer = mode == "integer" or (mode == "auto" and prefers_integer(x, weight_scheme))
-    if activation_scheme is None or not integer or not is_plain(activation_scheme):
+    if activation_scheme is None or not integer or activation_scheme.range_method != "minmax":
         return fake_quantized_linear(
             x,
             weight,
@@ -188,7 +187,7 @@ def product_dtype(like: Tensor) -> torch.dtype:
 
 def fake_quantize_backward(
     grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, gradient: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of weight, scale and zero point from that of the fake-quantized weight; see `fake_quantize`."""
     grid = Grid.of(scheme)
     factor = 1 / math.sqrt(weight.numel() // scale.numel() * grid.top) if gradient == "lsq" else 1.0
@@ -197,8 +196,8 @@ def fake_quantize_backward(
     )
     return (
         grad_weight,
-        grad_scale.to(scale.dtype),
-        None if zero_point is None else grad_zero.to(zero_point.dtype),
+        grad_scale.to(scale.dtype) if grad_scale.numel() else None,
+        grad_zero.to(zero_point.dtype) if zero_point is not None and grad_zero.numel() else None,
     )
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from qatapult.kernels.fake_quant.dynamic import fake_quantize_dynamic
+from qatapult.kernels.fake_quant.op import fake_quantize
+from qatapult.kernels.fake_quant.spec import Gradient
+from qatapult.kernels.scheme import Scheme
 from torch import Tensor
 from torch.nn.functional import linear
-
-from ..fake_quant.op import fake_quantize, fake_quantize_dynamic
-from ..fake_quant.spec import Gradient
-from ..scheme import Scheme
 
 
 def fake_quantized_linear(

@@ -83,7 +83,7 @@ def test_zero_tokens_and_wrong_schemes() -> None:
             quantize_activations(torch.ones(2, 8), wrong)
 
 
-def test_operators_pass_opcheck() -> None:
+def test_the_operator_passes_opcheck() -> None:
     a = torch.randint(-128, 128, (3, 20), dtype=torch.int8)
     torch.library.opcheck(torch.ops.qatapult.int_matmul, (a, a[:2].clone()))
     torch.library.opcheck(
