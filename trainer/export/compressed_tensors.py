@@ -22,42 +22,10 @@ from qatapult.trainer.export.shards import ShardWriter
 from qatapult.trainer.export.trained import TrainedModel, tied_names
 from qatapult.trainer.quantize.modules import QuantizedWeight, QuantLinear
 from qatapult.trainer.quantize.prepare import quant_layers
+from qatapult.trainer.recipe.deployment import check_compressed_tensors
 from qatapult.trainer.recipe.errors import UserError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
-
-#: What vLLM's mixed-precision kernels take; a whole row is `granularity: channel`.
-GROUP_SIZES = (32, 64, 128)
-_WEIGHT_BITS = (4, 8)
-
-
-def check_grid(name: str, weights: Scheme | None, activations: Scheme | None) -> None:
-    """Refuse grids that no kernel of vLLM takes.
-
-    Raises:
-        UserError: naming the layer, and what would be right.
-    """
-    where = f"export compressed-tensors: layer {name}"
-    if weights is None:
-        raise UserError(f"{where} has quantized inputs and full-precision weights; quantize both or none")
-    if weights.bits not in _WEIGHT_BITS or weights.grid != "integer":
-        raise UserError(f"{where} has weights of {weights.describe()}; use an integer grid of 4 or 8 bits")
-    if not weights.symmetric:
-        # Its loader expects unpacked zero points (0.20), so that no stock transformers could read them.
-        raise UserError(f"{where} has weights of {weights.describe()}; use a symmetric grid, or GGUF's Q4_1")
-    if weights.granularity not in ("channel", "group") or weights.group_size not in (None, *GROUP_SIZES):
-        sizes = ", ".join(map(str, GROUP_SIZES))
-        raise UserError(
-            f"{where} has weights of {weights.describe()}; use granularity channel or groups of {sizes}"
-        )
-    if activations is None:
-        return
-    if activations.bits != 8 or activations.granularity != "token" or not activations.symmetric:
-        raise UserError(f"{where} has inputs of {activations.describe()}; use int8 token, or none")
-    if weights.bits == 8 and weights.granularity != "channel":
-        raise UserError(
-            f"{where} has weights of {weights.describe()}; with int8 inputs use granularity channel"
-        )
 
 
 def export(model: TrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -73,7 +41,10 @@ def export(model: TrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
     """
     linears = _linears(model)
     for name, layer in linears.items():
-        check_grid(name, layer.weight_scheme, layer.activation_scheme)
+        try:
+            check_compressed_tensors(layer.weight_scheme, layer.activation_scheme)
+        except ValueError as error:
+            raise UserError(f"export compressed-tensors: layer {name} has {error}") from None
     if "lm_head" in linears and tied_names(model.skeleton):
         raise UserError(
             "export compressed-tensors: lm_head is quantized and tied to the embeddings; "

@@ -7,11 +7,12 @@ Every field's description is the text of the generated reference page (`docs/ref
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from qatapult.kernels.scheme import Granularity, Grid, RangeMethod, ScaleDtype, Scheme
+from qatapult.trainer.recipe import deployment as formats
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -155,6 +156,11 @@ class Quantization(Section):
         "native", description="Format that the result is served in; its grid is then used from the first step on."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _grid_of_the_deployment(cls, data: Any) -> Any:
+        return formats.fill_in(data) if isinstance(data, dict) else data
+
     @model_validator(mode="after")
     def _sensible(self) -> Quantization:
         if self.weights is not None and self.weights.granularity == "token":
@@ -166,6 +172,11 @@ class Quantization(Section):
                 )
             if self.activations.bits < 4:
                 raise ValueError(f"activations.bits {self.activations.bits:g} is not supported; use 8 or 4")
+        formats.check(
+            self.deployment,
+            self.weights.scheme if self.weights else None,
+            self.activations.scheme if self.activations else None,
+        )
         return self
 
 
@@ -345,6 +356,15 @@ class Recipe(Section):
     evaluation: Evaluation = Field(Evaluation(), description="Evaluation.")
     export: tuple[ExportFormat, ...] = Field(("compressed-tensors",), description="Formats to export.")
     tracking: Tracking = Field(Tracking(), description="Experiment trackers.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _export_to_the_deployment(cls, data: Any) -> Any:
+        quantization = data.get("quantization") if isinstance(data, dict) else None
+        named = quantization.get("deployment", "native") if isinstance(quantization, dict) else "native"
+        if named == "native" or "export" in data:
+            return data
+        return data | {"export": [str(named).partition("-q")[0]]}
 
     @field_validator("name")
     @classmethod
