@@ -15,6 +15,7 @@ from qatapult.trainer.quantize.ptq.calibration import decoder_blocks, hessian_of
 from qatapult.trainer.quantize.ptq.gptq import Factor, compensate, gptq_weight
 from qatapult.trainer.quantize.ptq.gptq import quantize as gptq
 from qatapult.trainer.recipe import schema
+from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import load_recipe
 
 SCHEMES = [
@@ -194,7 +195,7 @@ def test_recomputed_scales_are_refused() -> None:
     model, calibration = tiny()
     quantization = schema.Quantization()
     prepare(model, quantization, method="minmax")
-    with pytest.raises(ValueError, match="recomputes"):
+    with pytest.raises(UserError, match="recomputes"):
         gptq(model, calibration, schema.Ptq(), quantization)
 
 

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from qatapult.trainer.context import Context
 from qatapult.trainer.quantize.clipping import calibrate_clips
+from qatapult.trainer.quantize.ptq.calibration import spread_blocks
+from qatapult.trainer.quantize.ptq.rotation import untie_for
 from qatapult.trainer.recipe.schema import PtqMethod, Quantization
 
 #: Methods that round to the nearest grid point and differ in the range alone.
@@ -53,7 +55,7 @@ def run(context: Context) -> dict[str, Any]:
 def quantize(context: Context, method: PtqMethod | str) -> PreTrainedModel:
     """A fresh model, prepared and quantized by a method."""
     quantization = context.recipe.quantization
-    calibration = context.data.train[: context.recipe.ptq.calibration.blocks].to(context.device)
+    calibration = spread_blocks(context.data.train, context.recipe.ptq.calibration.blocks).to(context.device)
     if method in _ROUND_TO_NEAREST:
         model = context.load_prepared(with_range(quantization, _ROUND_TO_NEAREST[method]))
     else:
@@ -85,5 +87,7 @@ def save_model(context: Context, model: PreTrainedModel) -> None:
 def load_quantized(context: Context) -> PreTrainedModel:
     """The prepared model that training starts from."""
     model = context.load_prepared()
-    load_tensors(model, str(context.run.artifact("ptq") / "model.safetensors"), device=str(context.device))
+    path = context.run.artifact("ptq") / "model.safetensors"
+    untie_for(model, path)
+    load_tensors(model, str(path), device=str(context.device))
     return model

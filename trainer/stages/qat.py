@@ -16,6 +16,7 @@ from qatapult.trainer.loop.engine import multiplies_bf16
 from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.training import Trainer
 from qatapult.trainer.models import load_model
+from qatapult.trainer.quantize.ptq.rotation import untie_for
 from qatapult.trainer.recipe.schema import Distillation
 from qatapult.trainer.stages import ptq
 
@@ -126,9 +127,9 @@ def ties(model: PreTrainedModel) -> bool:
 def load_trained(context: Context) -> PreTrainedModel:
     """The prepared model after training."""
     model = context.load_prepared()
-    load_tensors(
-        model, str(context.run.artifact("qat") / "model.safetensors"), strict=not ties(model), device=str(context.device)
-    )
+    path = context.run.artifact("qat") / "model.safetensors"
+    untie_for(model, path)
+    load_tensors(model, str(path), strict=not ties(model), device=str(context.device))
     return model.eval()
 
 

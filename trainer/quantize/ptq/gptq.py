@@ -17,6 +17,7 @@ from qatapult.kernels import Scheme
 from qatapult.trainer.quantize.modules import QuantLinear
 from qatapult.trainer.quantize.ptq.calibration import hessian_of, walk_blocks
 from qatapult.trainer.recipe import schema
+from qatapult.trainer.recipe.errors import UserError
 from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def quantize(
     know which of their neighbours is nearer.
 
     Raises:
-        ValueError: if activations are not finite, or if a layer's scales are recomputed from its weight.
+        UserError: if a layer's scales are recomputed from its weight.
+        ValueError: if activations are not finite.
     """
     shared = _SharedFactor(settings.damping, settings.act_order)
 
@@ -124,9 +126,7 @@ def compensate(layer: QuantLinear, factor: Factor) -> None:
     scheme = layer.weight_scheme
     assert scheme is not None
     if layer.scale_source == "recomputed":
-        raise ValueError(
-            "GPTQ needs scales that stay as they are, and this layer recomputes them from its weight"
-        )
+        raise UserError("ptq: gptq needs scales that stay, and qat.method recomputes them: use rtn, or lsq")
     kept, _ = gptq_weight(layer.weight, factor, scheme, *layer.grid())
     layer.weight.copy_(kept)
 

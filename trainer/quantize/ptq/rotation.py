@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from qatapult.trainer.quantize.ptq.calibration import decoder_blocks
 from qatapult.trainer.quantize.ptq.folding import folds_of
 from qatapult.trainer.recipe.errors import UserError
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -136,14 +138,16 @@ def untie(model: PreTrainedModel) -> None:
     model.config.tie_word_embeddings = False
 
 
-def is_rotated_checkpoint(names: set[str], model: PreTrainedModel) -> bool:
-    """Whether tensors of these names hold an output head, though the model ties it to the embeddings."""
-    head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    embeddings = next(
-        name for name, module in model.named_modules() if module is model.get_input_embeddings()
-    )
-    tied = _weight(model.get_output_embeddings()) is _weight(model.get_input_embeddings())
-    return tied and {f"{head}.weight", f"{embeddings}.weight"} <= names
+def untie_for(model: PreTrainedModel, tensors: Path) -> None:
+    """Untie a model's head if a safetensors file holds both the head's weight and the embeddings'.
+
+    A model that was saved while it was tied has only one of them.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    with safe_open(tensors, framework="pt") as file:
+        if {f"{names[end]}.weight" for end in ends} <= set(file.keys()):
+            untie(model)
 
 
 def _fold_norm(norm: nn.Module, readers: Sequence[nn.Module]) -> None:
