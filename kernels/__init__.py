@@ -29,6 +29,10 @@ _PUBLIC = {
     "prepare_weight": "int_gemm.weights",
     "PreparedWeight": "int_gemm.weights",
     "quantized_linear": "quant_linear.op",
+    "quantize_kv": "kv_cache.op",
+    "dequantize_kv": "kv_cache.op",
+    "fake_quantize_kv": "kv_cache.op",
+    "kv_scheme": "kv_cache.op",
 }
 
 __all__ = sorted(_PUBLIC)
