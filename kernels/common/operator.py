@@ -58,8 +58,8 @@ def blocks_batch(operator: Any) -> None:
     """Register how an operator on blocks is vectorised by `torch.vmap`.
 
     Such operators see their tensors as `[blocks, elements]`, whatever the shape, so a batch is just more
-    blocks: the batch dimension goes first in every tensor. An output of one dimension stands for none, and has
-    no batch.
+    blocks: the batch dimension goes first in every tensor. An output of one dimension stands for none, and
+    has no batch.
     """
 
     def batched(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
