@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Protocol, cast
 
 from qatapult.kernels.common.backend import backend_for
@@ -40,9 +41,8 @@ def row_kernels(logits: Tensor) -> RowKernels:
     """By device; float64 always runs in plain torch."""
     backend = backend_for(logits)
     if backend == "triton" and logits.dtype.itemsize <= 4:
-        from . import triton_kernel
-
-        return cast(RowKernels, triton_kernel)
+        # Looked for when needed: importing the losses must not need Triton.
+        return cast(RowKernels, import_module(f"{__package__}.triton_kernel"))
     if backend == "cpu" and logits.device.type == "cpu" and cpu.available(logits.dtype):
         return cast(RowKernels, cpu)
     return cast(RowKernels, rows)

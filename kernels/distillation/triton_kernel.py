@@ -24,7 +24,7 @@ from torch import Tensor
 from .objective import Objective
 
 #: Elements of a row at a time: with 8 warps 8 a thread, a 16-byte load of bf16 from each model. Four
-#: programs then share a multiprocessor (64 registers a thread): reductions of one overlap with loads of others.
+#: programs then share a multiprocessor (64 registers a thread): reductions overlap with others' loads.
 BLOCK = 2048
 NUM_WARPS = 8
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -91,11 +91,6 @@ def divergence_kernel(  # type: ignore[no-untyped-def]
     p_teacher += i_row * teacher_stride
     scale = _LOG2E / temperature
     o_block = tl.arange(0, BLOCK)
-    label = -1
-    target = 0.0
-    if LABELLED:
-        label = tl.load(p_labels + i_row)
-        target = tl.load(p_student + label).to(tl.float32)
 
     high_s = float("-inf")
     high_t = float("-inf")
@@ -119,6 +114,12 @@ def divergence_kernel(  # type: ignore[no-untyped-def]
             b_apart = b_apart * shrink_t + _weigh(b_e_t, b_t - b_s)
         if KIND == "reverse_kl":
             b_apart = b_apart * shrink_s + _weigh(b_e_s, b_s - b_t)
+    label = -1
+    target = 0.0
+    if LABELLED:
+        # Before the sums, whose barriers keep it ahead of every store of the gradient.
+        label = tl.load(p_labels + i_row)
+        target = tl.load(p_student + label).to(tl.float32)
     sum_s = tl.sum(b_sum_s, 0)
     sum_t = tl.sum(b_sum_t, 0)
     lse_s = high_s + tl.log2(sum_s)
