@@ -1,40 +1,43 @@
-"""Timers for products: CUDA graphs over weights that are not in the cache, and interleaved medians on the CPU."""
+"""Timers: CUDA graphs over buffers that are not in the cache, and interleaved medians on the CPU."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 Call = Callable[[], object]
 
 
-def graph_time(calls: Sequence[Call], budget_ms: float = 8.0, rounds: int = 3) -> float:
-    """Seconds of one call on the GPU, launch included: the calls are captured into one CUDA graph, in order.
+def graph_time(
+    call: Callable[[Any], object], buffers: Sequence[Any], budget_ms: float = 8.0, rounds: int = 3
+) -> float:
+    """Seconds of one call on the GPU, launch included: calls on all buffers are captured into one CUDA graph.
 
     Args:
-        calls: the same operation on different buffers, together larger than the second-level cache, so that each
-            finds its weight in memory.
+        call: the operation.
+        buffers: its argument, in copies that together exceed the second-level cache, so that each call finds
+            its weight in memory.
         budget_ms: GPU time that a round may take.
         rounds: rounds of replays; the median counts.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
+        call(buffers[0])
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+        for buffer in buffers:
+            call(buffer)
     graph.replay()
     once = _replay(graph, 1)
     replays = max(1, min(20, round(budget_ms * 1e-3 / max(once, 1e-6))))
     times = [_replay(graph, replays) for _ in range(rounds)]
-    return statistics.median(times) / (replays * len(calls))
+    return statistics.median(times) / (replays * len(buffers))
 
 
 def _replay(graph: torch.cuda.CUDAGraph, times: int) -> float:
@@ -70,7 +73,7 @@ def copy_bandwidth(device: str, gigabytes: float = 1.0) -> float:
     source = torch.empty(int(gigabytes * 2**30), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     if device == "cuda":
-        seconds = graph_time([lambda: target.copy_(source)], budget_ms=20)
+        seconds = graph_time(target.copy_, [source], budget_ms=20)
     else:
         seconds = cpu_times({"copy": lambda: target.copy_(source)})["copy"]
     return 2 * source.numel() / seconds

@@ -1,8 +1,8 @@
 """Which block sizes a product runs with: measured tables, and a rule where nothing was measured.
 
-A table is a JSON file of rows, one per measured shape (`tables/sm_90.json`); `benchmarks/inference/gemm.py --sweep`
-writes it. The choice is a function of the shape and the table alone, so that all ranks of a job and all runs choose alike;
-nothing is timed behind the caller's back. `pin_table` puts another file in place.
+A table is a JSON file of rows, one per measured shape (`tables/sm_90.json`), which the sweep of
+`benchmarks/inference/gemm.py` writes. The choice is a function of the shape and the table alone, so that all ranks of
+a job and all runs choose alike; nothing is timed behind the caller's back. `pin_table` puts another file in place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 #: Upper ends of the ranges of M that share a configuration; beyond the last, all do.
 BUCKETS = (16, 32, 64, 128, 256, 1024, 4096)
-#: Streaming multiprocessors: A100, H100 and H200. A constant, because the choice must not depend on the machine.
+#: Streaming multiprocessors: A100, H100 and H200. Constants, for the choice must not depend on the machine.
 PROCESSORS = {80: 108, 90: 132}
 
 
@@ -82,7 +82,7 @@ def choose_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
     """
     path = _pinned[0] if _pinned else Path(__file__).parent / "tables" / f"sm_{capability}.json"
     rows = [
-        (abs(math.log(shape.n / problem.n)) + abs(math.log(shape.k / problem.k)), config)
+        (_distance(shape, problem), config)
         for shape, config in read_table(path)
         if (shape.bits, bool(shape.group), shape.activation_bits, shape.bucket)
         == (problem.bits, bool(problem.group), problem.activation_bits, problem.bucket)
@@ -93,8 +93,14 @@ def choose_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
     return GemmConfig(**asdict(config) | {"split": max(1, min(config.split, problem.k // unit))})
 
 
+def _distance(measured: Problem, wanted: Problem) -> float:
+    """How far two shapes lie apart, in logarithms; tokens of one bucket count little."""
+    tokens = abs(math.log(measured.m / wanted.m))
+    return abs(math.log(measured.n / wanted.n)) + abs(math.log(measured.k / wanted.k)) + 0.1 * tokens
+
+
 def default_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
-    """A rule for shapes that no table covers: enough programs to fill the processors about four times at decode."""
+    """A rule for shapes that no table covers: at decode, programs to fill the processors about four times."""
     if problem.bucket >= 256:
         return GemmConfig(128, 128, 1, warps=8, stages=3)
     block_m = max(16, min(problem.bucket, 128))

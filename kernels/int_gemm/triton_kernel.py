@@ -1,15 +1,15 @@
 """Products of packed weights with activations, on tensor cores.
 
-One kernel computes `Yᵀ = W · Xᵀ` for all bits (8, 4, 3, 2, 1), for int8 activations (`INTEGER`: int8 × int8 → int32) and
-floating-point ones (codes become fp16 or bf16 in registers, exactly), for scales per channel and per group, for prefill
-(`SPLIT = 1`) and decode (`SPLIT > 1`: K is divided among programs). The weight is the left operand because that is the
-one that Hopper's `wgmma` takes from registers, where slices are unpacked (`tiles.py`).
+One kernel computes `Yᵀ = W · Xᵀ` for all bits (8, 4, 3, 2, 1), for int8 activations (`INTEGER`: int8 × int8 →
+int32) and floating-point ones (codes become fp16 or bf16 in registers, exactly), for scales per channel and per
+group, for prefill (`SPLIT = 1`) and decode (`SPLIT > 1`: K is divided among programs). The weight is the left
+operand because that is the one that Hopper's `wgmma` takes from registers, where slices are unpacked (`tiles.py`).
 
-Split sums go to a workspace, and the program that arrives last adds them in the order of the splits: deterministic,
-and exact for int32.
+Split sums go to a workspace, and the program that arrives last adds them in the order of the splits:
+deterministic, and exact for int32.
 
-Symbols: N output channels, M tokens, K features; a unit holds SLICES slices of WIDTH codes. Prefixes: `o_` offsets,
-`p_` pointers, `i_` indices.
+Symbols: N output channels, M tokens, K features; a unit holds SLICES slices of WIDTH codes. Prefixes: `o_`
+offsets, `p_` pointers, `i_` indices.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ASM = tl.constexpr(not interpreting())
 
 @triton.constexpr_function
 def _align_asm(bits, s, half):  # type: ignore[no-untyped-def]
-    """PTX that moves slice `s` of a plane to the top of its bytes: shift, mask, add the half; four bytes at once."""
+    """PTX that moves slice `s` of a plane to the top of its bytes and sets the half; four bytes at once."""
     shift = 8 - bits * (s + 1)
     mask, set_bits = ((256 - (256 >> bits)) * 0x01010101, ((128 >> bits) if half else 0) * 0x01010101)
     return f"{{ .reg .b32 t; shl.b32 t, $1, {shift}; lop3.b32 $0, t, {mask}, {set_bits}, 0xEA; }}"
@@ -144,7 +144,8 @@ def packed_gemm(  # type: ignore[no-untyped-def]
         y: [M, N], the output; int32 if RAW (the accumulators, no scales).
         token_scale: fp32 [M].
         scale, shift: fp32 [G, N]; shift is the zero point.
-        row_sum: int32, sums of a token's codes over each stretch of SPAN slices, [stretches, M]; over K if GROUP is 0.
+        row_sum: int32, sums of a token's codes over each stretch of SPAN slices, [stretches, M]; over K without
+            groups.
         bias: [N].
         partial: workspace, [blocks, SPLIT, BLOCK_M, BLOCK_N], int32 or fp32.
         counter: int32 [blocks], zero before and after.
