@@ -34,6 +34,7 @@ def insight(
     from qatapult.trainer.insight.run import PARTS, InsightSettings, open_context
     from qatapult.trainer.insight.run import insight as analyse
     from qatapult.trainer.report import write_report
+    from qatapult.trainer.report.inside import describe
 
     unknown = sorted(set(only or ()) - set(PARTS))
     if unknown:
@@ -48,14 +49,5 @@ def insight(
     for part, text in result["sentences"].items():
         typer.echo(f"\n{part}\n  {text}")
     for claim in result["claims"]:
-        typer.echo(f"  {claim['verdict']:<12} {claim['claim']}: {_show(claim)}")
-    typer.echo(f"\nreport: {page}#insight")
-
-
-def _show(claim: dict[str, object]) -> str:
-    from qatapult.trainer.report.text import number, percent
-
-    write = percent if claim["unit"] == "%" else number
-    return " → ".join(
-        write(claim[key], claim["digits"] if write is percent else 4) for key in ("before", "after")
-    )  # type: ignore[arg-type]
+        typer.echo(f"  {claim['verdict']:<12} {claim['claim']}: {describe(claim)}")
+    typer.echo(f"\nreport: {page}#inside")

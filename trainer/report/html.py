@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from qatapult.trainer.report.curves import Curve, Curves, phases
+from qatapult.trainer.report.inside import chapter
 from qatapult.trainer.report.pages import SELF_CONTAINED, compressed_plotly, json_block, templates
 from qatapult.trainer.report.text import (
     ABSENT,
@@ -41,6 +42,18 @@ LAYER_COLUMNS = (
     ("sqnr_db", "SQNR, dB"),
     ("bytes", "size"),
 )
+INSIDE_PLOTS = {
+    "weights": (
+        ("fractions", "Where weights lie between grid points; a flat line is chance."),
+        ("near", "Share of each layer's weights within 0.1 steps of a grid point; 20 % is chance."),
+    ),
+    "activations": (
+        ("sqnr", "What quantizing each layer's inputs leaves of the signal; higher is better."),
+        ("worst", "How far the largest input channel of each layer sticks out."),
+    ),
+    "importance": (("pruning", "Perplexity when the least important MLP channels are switched off."),),
+    "scales": (("ablation", "What the quantization of each block and of each kind of layer still costs."),),
+}
 SAMPLE_COLUMNS = (
     ("full_precision", "Full precision"),
     ("ptq", "PTQ (round to nearest)"),
@@ -67,6 +80,7 @@ def write_html(run: RunFolder, report: Mapping[str, Any], curves: Curves) -> Pat
 def render(report: Mapping[str, Any], curves: Curves) -> str:
     """The page as text."""
     drawn = page_curves(report, curves)
+    inside = chapter(report.get("insight"))
     columns = [
         {"key": key, "title": title}
         for key, title in LAYER_COLUMNS
@@ -84,11 +98,14 @@ def render(report: Mapping[str, Any], curves: Curves) -> str:
                     "report": {key: report[key] for key in ("metrics", "training", "cost", "layers")},
                     "curves": drawn,
                     "spans": [asdict(span) for span in phases(report["recipe"])],
+                    "inside": inside["data"] if inside else None,
                     "events": [event for event in curves.events if event.get("event") == "rollback"],
                 }
             ),
             figure=lambda key: figure(report, key),
             model=(report["recipe"].get("model") or {}).get("source"),
+            inside=inside,
+            inside_plots=INSIDE_PLOTS,
             way=way_back(report["metrics"]["perplexity"]),
             cards=cards(report),
             table=recovery_table(report),

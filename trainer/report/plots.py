@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from qatapult.trainer.report.curves import Curves, phases
+from qatapult.trainer.report.inside import MODELS
 
 INK, BLUE, ORANGE, GREEN, GREY = "#1f2933", "#2563eb", "#c2410c", "#047857", "#64748b"
 _SIZE = (7.2, 4.0)
@@ -104,6 +105,31 @@ def _layers(axes: Axes, report: Mapping[str, Any], curves: Curves) -> bool:
     return True
 
 
+def _grid(axes: Axes, report: Mapping[str, Any], curves: Curves) -> bool:
+    weights = (report.get("insight") or {}).get("weights")
+    if not weights:
+        return False
+    for (model, label), colour in zip(MODELS, (GREEN, ORANGE, BLUE), strict=True):
+        counts = weights[model]["fractions"]
+        edges = [index / len(counts) - 0.5 for index in range(len(counts) + 1)]
+        axes.stairs([count * len(counts) / sum(counts) for count in counts], edges, color=colour, label=label)
+    axes.set(xlabel="steps from the nearest grid point", ylabel="density (1: chance)", ylim=(0, None))
+    axes.legend(frameon=False)
+    return True
+
+
+def _pruning(axes: Axes, report: Mapping[str, Any], curves: Curves) -> bool:
+    importance = (report.get("insight") or {}).get("importance")
+    if not importance:
+        return False
+    for (model, label), colour in zip(MODELS, (GREEN, ORANGE, BLUE), strict=True):
+        axes.plot([100 * share for share in importance["shares"]], importance[model]["perplexities"], "o-",
+                  color=colour, label=label, ms=4)  # fmt: skip
+    axes.set(xlabel="MLP channels switched off, per cent", ylabel="perplexity", yscale="log")
+    axes.legend(frameon=False)
+    return True
+
+
 PLOTS: dict[str, Draw] = {
     "recovery": _recovery,
     "loss": _losses,
@@ -111,6 +137,8 @@ PLOTS: dict[str, Draw] = {
     "grad_norm": _grad_norm,
     "throughput": _throughput,
     "layers": _layers,
+    "weights_on_grid": _grid,
+    "pruning": _pruning,
 }
 
 

@@ -51,15 +51,12 @@ function layersChart() {
   return { traces, layout: baseLayout("", title, { hovermode: "closest", xaxis: { showticklabels: false } }) };
 }
 
-loadPlotly().then(() => {
-  const jobs = [
-    chart("plot-recovery", recoveryChart),
-    chart("plot-loss", () => curveChart(["train/loss", "train/kl"], "loss, nats per token")),
-    chart("plot-learning-rate", () => curveChart(["train/learning_rate"], "learning rate")),
-    chart("plot-grad-norm", () => curveChart(["train/grad_norm"], "gradient norm", "log")),
-    chart("plot-throughput", () => curveChart(["train/tokens_per_second"], "tokens per second")),
-    chart("plot-cost", costChart),
-    chart("plot-layers", layersChart),
-  ];
-  return Promise.all(jobs);
-}).then(() => { root.dataset.ready = "true"; });
+const pageCharts = [
+  () => chart("plot-recovery", recoveryChart),
+  () => chart("plot-loss", () => curveChart(["train/loss", "train/kl"], "loss, nats per token")),
+  () => chart("plot-learning-rate", () => curveChart(["train/learning_rate"], "learning rate")),
+  () => chart("plot-grad-norm", () => curveChart(["train/grad_norm"], "gradient norm", "log")),
+  () => chart("plot-throughput", () => curveChart(["train/tokens_per_second"], "tokens per second")),
+  () => chart("plot-cost", costChart),
+  () => chart("plot-layers", layersChart),
+];
