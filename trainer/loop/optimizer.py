@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from qatapult.trainer.loop.schedules import learning_rate, scale_learning_rate
+from qatapult.trainer.quantize import lora
 from qatapult.trainer.quantize.modules import QuantizedWeight
 from qatapult.trainer.quantize.prepare import quant_layers
 from qatapult.trainer.recipe.errors import UserError
@@ -25,14 +26,20 @@ def select_trainable(model: nn.Module, trainable: Trainable) -> None:
     model.requires_grad_(trainable == "all")
     for layer in quant_layers(model).values():
         for name, parameter in layer.named_parameters(recurse=False):
-            is_grid = name in _GRID_PARAMETERS
-            parameter.requires_grad_(is_grid if trainable == "scales" else True)
-    if trainable == "linears" and not quant_layers(model):
+            parameter.requires_grad_(_trains(name, trainable))
+    if trainable != "all" and not quant_layers(model):
         for module in model.modules():  # the full-precision control trains the layers that QAT would
             if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
                 module.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"qat.trainable '{trainable}': this model has nothing of the kind to train")
+
+
+def _trains(name: str, trainable: Trainable) -> bool:
+    """Whether a quantized layer's parameter trains, by its name within the layer."""
+    if trainable in ("all", "linears"):
+        return True
+    return name in _GRID_PARAMETERS or (trainable == "lora" and name in (lora.DOWN, lora.UP))
 
 
 def grid_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -43,6 +50,12 @@ def grid_parameters(model: nn.Module) -> list[nn.Parameter]:
         for name, parameter in layer.named_parameters(recurse=False)
         if name in _GRID_PARAMETERS
     ]
+
+
+def grid_scales(model: nn.Module) -> list[nn.Parameter]:
+    """Learned scales alone."""
+    scales = (layer.weight_scale for layer in quant_layers(model).values())
+    return [scale for scale in scales if isinstance(scale, nn.Parameter)]
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe, steps: int) -> torch.optim.AdamW:
@@ -76,5 +89,7 @@ def weight_bits(model: nn.Module) -> float:
 def mean_scale(model: nn.Module) -> float:
     """Geometric mean of the weights' scales."""
     layers: list[QuantizedWeight] = list(quant_layers(model).values())
-    logs = [layer.weight_scale.float().log().mean().item() for layer in layers if layer.weight_scale is not None]
+    logs = [
+        layer.weight_scale.float().log().mean().item() for layer in layers if layer.weight_scale is not None
+    ]
     return math.exp(sum(logs) / len(logs)) if logs else 1.0

@@ -85,8 +85,9 @@ class QuantizedWeight(nn.Module):
             self.register_buffer("weight_zero_point", zero_point)
 
     def weight_matrix(self) -> Tensor:
-        """The weight as `[N, K]`."""
-        return self.weight.flatten(1)
+        """The weight as `[N, K]`, with the adapter that trains in its stead added, if there is one (`lora.py`)."""
+        up = getattr(self, "lora_up", None)
+        return self.weight.flatten(1) if up is None else self.weight.flatten(1) + up @ self.lora_down
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point in force: fp32, rounded to the scheme's `scale_dtype`."""
@@ -103,7 +104,7 @@ class QuantizedWeight(nn.Module):
     def fake_quantized_weight(self) -> Tensor:
         """The weight as the grid represents it, differentiable; the full-precision one where not quantized."""
         if self.weight_scheme is None or not self.quantize_weights:
-            return self.weight
+            return self.weight_matrix().view_as(self.weight)
         scale, zero_point = self.grid()
         gradient: Literal["lsq", "ste"] = "ste" if self.scale_source == "recomputed" else "lsq"
         matrix = fake_quantize(
@@ -145,7 +146,7 @@ class QuantLinear(QuantizedWeight, nn.Linear):
         scale, zero_point = self.grid()
         return quantized_linear(
             self.clipped_input(x),
-            self.weight,
+            self.weight_matrix(),
             scale,
             zero_point,
             self.bias,

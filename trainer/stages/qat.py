@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 from qatapult.trainer.context import Context
 from qatapult.trainer.distill.teacher import InProcessTeacher, Teacher
-from qatapult.trainer.loop.checkpoint import require_disk_space
+from qatapult.trainer.loop.blockwise import train_blockwise
+from qatapult.trainer.loop.checkpoint import list_checkpoints, require_disk_space
 from qatapult.trainer.loop.engine import multiplies_bf16
 from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.training import Trainer
 from qatapult.trainer.models import load_model
+from qatapult.trainer.quantize import lora
 from qatapult.trainer.quantize.ptq.rotation import untie_for
 from qatapult.trainer.recipe.schema import Distillation
 from qatapult.trainer.stages import ptq
@@ -25,6 +27,11 @@ def run(context: Context) -> dict[str, Any]:
     """Train, keep the best weights, and report the curve."""
     meter = context.meter()
     model = ptq.load_quantized(context)
+    if context.recipe.qat.blockwise_tokens and not list_checkpoints(context.run.checkpoints):
+        context.console.say("  block by block")
+        train_blockwise(model, context.load_model(), context.data.train, context.recipe, context.console.say)
+    if context.recipe.qat.trainable == "lora":
+        lora.add_adapters(model, context.recipe.qat.lora_rank)
     check_disk(context, model)
     trainer = Trainer(
         context.accelerator,
@@ -94,7 +101,7 @@ def build_teacher(context: Context) -> Teacher | None:
     if distillation.teacher is not None:
         source = source.model_copy(update={"source": distillation.teacher})
     dtype = torch.bfloat16 if multiplies_bf16(context.device) else torch.float32
-    return InProcessTeacher(load_model(source, dtype).to(context.device))
+    return InProcessTeacher(load_model(source, dtype).to(context.device), context.accelerator)
 
 
 def metrics_log(context: Context) -> MetricsLog:
@@ -113,7 +120,7 @@ def save_trained(context: Context, trainer: Trainer) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         building = path.with_suffix(".building")
         tied = set(getattr(trainer.model, "_tied_weights_keys", None) or ())
-        tensors = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        tensors = lora.merged({name.removeprefix("model."): tensor for name, tensor in state.items()})
         kept = {n: t.contiguous() for n, t in tensors.items() if not (n in tied and ties(trainer.model))}
         save_file(kept, str(building))
         building.replace(path)

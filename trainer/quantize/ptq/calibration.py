@@ -64,7 +64,7 @@ def walk_blocks(
     was_training = model.training
     model.eval()
     blocks = decoder_blocks(model)
-    hidden, arguments = _first_inputs(model, blocks[0], calibration)
+    hidden, arguments = first_inputs(model, blocks[0], calibration)
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         on_input(layer, inputs[0])
@@ -73,7 +73,7 @@ def walk_blocks(
         linears = [module for module in block.modules() if isinstance(module, nn.Linear)]
         handles = [linear.register_forward_pre_hook(hook) for linear in linears]
         try:
-            hidden = _output(block, hidden, arguments)
+            hidden = block_output(block, hidden, arguments)
         finally:
             for handle in handles:
                 handle.remove()
@@ -82,7 +82,8 @@ def walk_blocks(
     model.train(was_training)
 
 
-def _output(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+def block_output(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+    """A block's outputs `[n, block, hidden]` for inputs of that shape and the arguments of `first_inputs`."""
     result = block(hidden, **arguments)
     return result[0] if isinstance(result, tuple) else result
 
@@ -91,7 +92,8 @@ class _ReachedBlocksError(Exception):
     """Ends a forward pass at the first block."""
 
 
-def _first_inputs(model: nn.Module, block: nn.Module, calibration: Tensor) -> tuple[Tensor, dict[str, Any]]:
+@torch.no_grad()
+def first_inputs(model: nn.Module, block: nn.Module, calibration: Tensor) -> tuple[Tensor, dict[str, Any]]:
     """Embeddings of all the text `[n, block, hidden]`, and the other arguments a block is called with.
 
     Those (positions, mask) come from a single row, and so broadcast over any number of rows.
