@@ -21,6 +21,7 @@ COMMAND_MODULES = (
     "qatapult.trainer.commands.compare",
     "qatapult.trainer.commands.dashboard",
     "qatapult.trainer.commands.insight",
+    "qatapult.trainer.commands.wandb",
     "qatapult.trainer.commands.study",
     "qatapult.trainer.commands.evaluate",
     "qatapult.launch.commands",

@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import wandb
 from accelerate import Accelerator
+from qatapult.trainer.cli import app
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.recipe.schema import Recipe
 from qatapult.trainer.run_folder import RunFolder
 from qatapult.trainer.tracking import wandb_run
 from qatapult.trainer.tracking.trackers import Tracking, run_id
+from typer.testing import CliRunner
 
 Fixture = Any
 _BLOCK, _HEADER = 32768, 7
@@ -263,3 +265,40 @@ def test_a_tracker_that_is_not_installed_is_refused(make_run: Fixture, monkeypat
         UserError, match=r"'tensorboard' is not installed: pip install 'qatapult\[tensorboard\]'"
     ):
         Tracking(accelerator(), recipe_with("tracking.trackers=[tensorboard]"), make_run())
+
+
+def metrics_of(panel: Any) -> list[str]:
+    return [getattr(metric, "name", metric) for metric in getattr(panel, "y", None) or panel.metrics]
+
+
+def test_wandb_pages_show_what_is_logged(make_run: Fixture) -> None:
+    from qatapult.trainer.report.summary import summarize
+    from qatapult.trainer.tracking.wandb_pages import build_report, build_workspace
+
+    run = make_run()
+    lines = list(run.read_metrics())
+    logged = {name for line in lines for name in line} | set(wandb_run.flat_metrics(summarize(run)))
+    workspace = build_workspace("team", "project")
+    panels = [panel for section in workspace.sections for panel in section.panels]
+    shown = {name for panel in panels for name in metrics_of(panel)}
+    assert {"eval/perplexity", "recovery/perplexity", "train/kl", "final/perplexity/recovery"} <= shown
+    assert shown <= logged
+    assert workspace.settings.x_axis == "tokens"
+    assert {panel.x for panel in panels if hasattr(panel, "x")} == {"tokens"}
+    assert workspace._to_model().model_dump_json(by_alias=True).count("eval/perplexity") >= 1
+    report = build_report("team", "project", group="sweep-1")
+    grids = [block for block in report.blocks if hasattr(block, "runsets")]
+    assert {name for grid in grids for panel in grid.panels for name in metrics_of(panel)} == shown
+    assert all("sweep-1" in str(grid.runsets[0].filters) for grid in grids)
+
+
+def test_wandb_pages_need_a_key_and_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["wandb", "dashboard", "--entity", "team"]
+    with pytest.raises(UserError, match="no wandb key"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+        with pytest.raises(UserError, match="does not answer"):
+            CliRunner().invoke(app, command, catch_exceptions=False)
