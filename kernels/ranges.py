@@ -29,8 +29,8 @@ import math
 
 import torch
 
+from .fake_quant.op import fake_quantize
 from .fake_quant.spec import Grid, RangeRule
-from .grid import dequantize, quantize
 from .scheme import Scheme
 
 #: Shrink factors that the mean-square-error search tries.
@@ -140,7 +140,7 @@ def _squared_error(
     rows = Scheme(bits=scheme.bits, granularity="channel", symmetric=scheme.symmetric, grid=scheme.grid)
     scale = scale.reshape(-1, 1)
     zero_point = None if zero_point is None else zero_point.reshape(-1, 1)
-    values = dequantize(quantize(blocks, scale, zero_point, rows), scale, zero_point, rows)
+    values = fake_quantize(blocks, scale, zero_point, scheme=rows, gradient="ste")
     return (values - blocks).square().sum(1)
 
 

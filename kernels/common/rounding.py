@@ -9,6 +9,9 @@ from .backend import interpreting
 
 #: 1.5 · 2^23: adding it to a number of magnitude below 2^22 leaves no bits behind the point.
 _MAGIC = tl.constexpr(12582912.0)
+#: Scales beyond these are brought towards 1 by a factor that is a power of two.
+_SMALL, _LARGE = tl.constexpr(2.0**-60), tl.constexpr(2.0**60)
+_UP, _DOWN = tl.constexpr(2.0**64), tl.constexpr(2.0**-64)
 _INTERPRETING = tl.constexpr(interpreting())
 
 
@@ -42,7 +45,7 @@ def divide(x, scale, low, high):  # type: ignore[no-untyped-def]
     if _INTERPRETING:
         return clamp(tl.div_rn(x, scale), low, high)
     magnitude = tl.abs(scale)
-    shift = tl.where(magnitude < 2.0**-60, 2.0**64, tl.where(magnitude > 2.0**60, 2.0**-64, 1.0))
+    shift = tl.where(magnitude < _SMALL, _UP, tl.where(magnitude > _LARGE, _DOWN, 1.0))
     scale = scale * shift
     x = clamp(x * shift, tl.minimum(low * scale, high * scale), tl.maximum(low * scale, high * scale))
     reciprocal = tl.div_rn(1.0, scale)

@@ -58,8 +58,10 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     COLS: tl.constexpr,
 ):
     """One tile: values (in the dtype of `p_out`), or int8 codes, of `x`."""
-    o_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    o_col = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
+    # One dimension of programs: the others end at 65535, which a vocabulary of rows exceeds.
+    tiles = tl.cdiv(size, COLS)
+    o_row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)[:, None]
+    o_col = tl.program_id(0) % tiles * COLS + tl.arange(0, COLS)[None, :]
     in_rows = o_row < blocks
     mask = in_rows & (o_col < size)
     o_x = o_row.to(tl.int64) * size + o_col
@@ -98,8 +100,8 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 ):
     """`per_program` elements of `ROWS` blocks: gradient of `x`, and this part's sums for scale and zero
     point."""
-    i_split = tl.program_id(0)
-    o_row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    i_split = tl.program_id(1)
+    o_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     in_rows = o_row < blocks
     b_scale = tl.load(p_scale + o_row, mask=in_rows, other=1.0).to(tl.float32)
     low, high = _bounds(p_zero, o_row, in_rows, QMIN, QMAX, HAS_ZERO)
@@ -127,7 +129,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
             if HAS_ZERO:
                 b_grad_zero -= tl.where(inside, 0.0, b_grad)
     if RULE != "ste":
-        o_sum = o_row * tl.num_programs(0) + i_split
+        o_sum = o_row * tl.num_programs(1) + i_split
         b_sum = tl.sum(b_grad_scale, axis=1, keep_dims=True)
         tl.store(p_grad_scale + o_sum, b_sum * factor, mask=in_rows)
         if HAS_ZERO:
@@ -156,7 +158,7 @@ def forward(
         rows, cols = tile_of(size)
         numbers = (*grid, zero_point is not None, codes, rows, cols)
         with torch.cuda.device_of(x):
-            forward_kernel[(triton.cdiv(size, cols), triton.cdiv(blocks, rows))](
+            forward_kernel[(triton.cdiv(size, cols) * triton.cdiv(blocks, rows),)](
                 x, scale, zero_point, out, blocks, size, *numbers, num_warps=NUM_WARPS
             )
     return out if codes else out.to(dtype)
@@ -193,7 +195,7 @@ def backward(
     if x.numel():
         numbers = (*grid, zero_point is not None, gradient, rows, cols)
         with torch.cuda.device_of(x):
-            backward_kernel[(splits, programs)](
+            backward_kernel[(programs, splits)](
                 grad, x, scale, zero_point, grad_x, *parts, blocks, size, per_program, factor, *numbers,
                 num_warps=NUM_WARPS,
             )  # fmt: skip

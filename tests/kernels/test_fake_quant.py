@@ -204,6 +204,16 @@ def test_long_and_many_blocks(rows: int, features: int) -> None:
     torch.testing.assert_close(grads["cpu"][0], grads["reference"][0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(150_000, 8), (70_001, 4096)])
+def test_as_many_channels_as_a_vocabulary(shape: tuple[int, int]) -> None:
+    x, scheme = torch.randn(shape, device="cuda", dtype=torch.bfloat16), Scheme(bits=4)
+    scale, _ = choose_range(x, scheme)
+    with use_backend("reference"):
+        expected = fake_quantize(x, scale, scheme=scheme)
+    assert_same_bits(fake_quantize(x, scale, scheme=scheme), expected)
+
+
 def test_triton_splits_long_blocks() -> None:
     triton_kernel = pytest.importorskip("qatapult.kernels.fake_quant.triton_kernel")
     device = "cuda" if torch.cuda.is_available() else "cpu"
