@@ -109,10 +109,17 @@ class Student(nn.Module):
             "return_parts": True,
         }
         if teacher.hidden is not None:
-            loss, parts = distillation_loss(hidden, self.head_weight(), teacher.hidden, teacher.head, **options)
+            loss, parts = distillation_loss(
+                hidden, self.head_weight(), teacher.hidden, teacher.head, **options
+            )
         else:
             loss, parts = topk_distillation_loss(
-                hidden, self.head_weight(), teacher.top_indices, teacher.top_logprobs, teacher.tail_mass, **options
+                hidden,
+                self.head_weight(),
+                teacher.top_indices,
+                teacher.top_logprobs,
+                teacher.tail_mass,
+                **options,
             )
         return LossParts(loss, parts["kl"], int(parts["tokens"]))
 

@@ -114,9 +114,13 @@ def verify_checkpoint(folder: Path) -> None:
     manifest: dict[str, Any] = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     for name, expected in manifest["files"].items():
         if not (folder / name).exists():
-            raise UserError(f"checkpoint {folder.name}: {name} is missing; remove the checkpoint to use an older one")
+            raise UserError(
+                f"checkpoint {folder.name}: {name} is missing; remove the checkpoint to use an older one"
+            )
         if _checksum(folder / name) != expected:
-            raise UserError(f"checkpoint {folder.name}: {name} is damaged; remove the checkpoint to use an older one")
+            raise UserError(
+                f"checkpoint {folder.name}: {name} is damaged; remove the checkpoint to use an older one"
+            )
 
 
 def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:

@@ -7,7 +7,11 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs, PartialState
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from qatapult.trainer.distill.student import Student
+from qatapult.trainer.distill.teacher import zero_stage
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Qat, Recipe
 
@@ -62,6 +66,46 @@ def micro_batches(recipe: Recipe, world_size: int) -> int:
     """Forward and backward passes of one optimizer step on each process."""
     own = -(-blocks_per_step(recipe) // world_size)
     return -(-own // recipe.qat.batch_size)
+
+
+def prepare_student(
+    accelerator: Accelerator, recipe: Recipe, student: Student, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Hand model and optimizer to the engine together, which FSDP2 and DeepSpeed ask for.
+
+    Returns:
+        The wrapped model, whose forward is the student's, and the wrapped optimizer.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        # DeepSpeed learns these from the recipe: no loader that it knows of has them.
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = recipe.qat.batch_size
+        plugin.deepspeed_config["gradient_clipping"] = recipe.qat.optimizer.gradient_clip
+        if zero_stage(accelerator) == 3:
+            import deepspeed
+
+            # The loss multiplies with the head outside the head's own forward.
+            deepspeed.zero.register_external_parameter(student, student.model.get_output_embeddings().weight)
+    return accelerator.prepare(student, optimizer)
+
+
+def steps_inside_backward(accelerator: Accelerator) -> bool:
+    """Whether the engine clips, steps and clears gradients at the end of the last backward pass (DeepSpeed)."""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def gradient_norm(accelerator: Accelerator, model: nn.Module, limit: float) -> float:
+    """Clip the gradients of all processes together, or ask DeepSpeed, which has done it; the norm before."""
+    if steps_inside_backward(accelerator):
+        return float(accelerator.deepspeed_engine_wrapped.get_global_grad_norm())
+    norm = accelerator.clip_grad_norm_(model.parameters(), limit)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+def local_tensors(parameters: list[nn.Parameter]) -> list[Tensor]:
+    """What this process holds of sharded parameters."""
+    local = [p.to_local() if isinstance(p, DTensor) else p.detach() for p in parameters]
+    return [tensor for tensor in local if tensor.numel()]
 
 
 def _distributed() -> bool:

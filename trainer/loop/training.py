@@ -22,10 +22,16 @@ from qatapult.trainer.loop.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from qatapult.trainer.loop.engine import blocks_per_step
+from qatapult.trainer.loop.engine import (
+    blocks_per_step,
+    gradient_norm,
+    local_tensors,
+    prepare_student,
+    steps_inside_backward,
+)
 from qatapult.trainer.loop.interrupt import Interrupted, InterruptFlag
 from qatapult.trainer.loop.metrics import MetricsLog
-from qatapult.trainer.loop.optimizer import build_optimizer, grid_parameters, select_trainable
+from qatapult.trainer.loop.optimizer import build_optimizer, grid_scales, select_trainable
 from qatapult.trainer.loop.quantization_schedule import apply_schedule
 from qatapult.trainer.loop.schedules import rate_factor
 from qatapult.trainer.recipe.errors import UserError
@@ -98,9 +104,9 @@ class Trainer:
         select_trainable(model, self.qat.trainable)
         optimizer = build_optimizer(model, recipe, self.steps)
         self.state = TrainerState(peak_rates=[group["lr"] for group in optimizer.param_groups])
-        self.student, self.optimizer = accelerator.prepare(
-            Student(model, self.qat.distillation), optimizer
-        )
+        student = Student(model, self.qat.distillation)
+        self.student, self.optimizer = prepare_student(accelerator, recipe, student, optimizer)
+        self._steps_inside_backward = steps_inside_backward(accelerator)
         self._skipped_in_a_row = 0
         self._last_checkpoint = time.monotonic()
 
@@ -176,14 +182,16 @@ class Trainer:
             with self.accelerator.accumulate(self.student):
                 signal = self.teacher.signal(ids, indices) if self.teacher else None
                 parts: LossParts = self.student(ids, present, signal)
+                if self._steps_inside_backward and self._anywhere(not math.isfinite(float(parts.loss))):
+                    return StepResult(math.nan, math.nan, math.nan, loader_seconds)
                 # DDP averages over processes and `backward` over micro-batches: undo both, so that the sum
                 # over all tokens is divided by their number and by nothing else.
                 share = self.plan.world_size * self.plan.micro_batches / positions
                 self.accelerator.backward(parts.loss * share)
                 sums += torch.stack([parts.loss.detach(), parts.kl, parts.loss.new_tensor(parts.tokens)])
-        norm = self.accelerator.clip_grad_norm_(self.student.parameters(), self.qat.optimizer.gradient_clip)
+        norm = gradient_norm(self.accelerator, self.student, self.qat.optimizer.gradient_clip)
         loss, kl, tokens = self.accelerator.reduce(sums, "sum").tolist()
-        return StepResult(loss / tokens, kl / tokens, float(norm), loader_seconds)
+        return StepResult(loss / tokens, kl / tokens, norm, loader_seconds)
 
     def _positions_per_block(self) -> int:
         """Tokens of a block that have a loss: the last has no next token to predict."""
@@ -210,15 +218,22 @@ class Trainer:
         self.state.tokens += self.tokens_per_step
         self._skipped_in_a_row += 1
         self.log.event("skip", self.state.step, self.state.tokens)
-        if self._skipped_in_a_row >= self.qat.guards.max_skipped_steps:
+        # An engine that steps inside backward has no gradients to leave out: it goes back at once.
+        allowed = 1 if self._steps_inside_backward else self.qat.guards.max_skipped_steps
+        if self._skipped_in_a_row >= allowed:
             self._roll_back(f"{self._skipped_in_a_row} steps in a row had NaN or inf")
         return False
 
     def _scales_are_sound(self) -> bool:
-        scales = [p for p in grid_parameters(self.model) if p.numel()]
-        if not scales:
-            return True
-        return bool(torch.stack([torch.isfinite(p).all() for p in scales]).all())
+        """Whether no learned scale is NaN, inf or collapsed to nothing, on any process."""
+        faults = [~(torch.isfinite(p) & (p != 0)).all() for p in local_tensors(grid_scales(self.model))]
+        mine = torch.stack(faults).any() if faults else torch.tensor(False)
+        return not self._anywhere(bool(mine))
+
+    def _anywhere(self, mine: bool) -> bool:
+        """Whether something holds on any process."""
+        flag = torch.tensor(float(mine), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def _roll_back(self, reason: str) -> None:
         """Back to the newest checkpoint with a lower learning rate; all processes come here together."""
@@ -234,6 +249,7 @@ class Trainer:
         self.state = load_checkpoint(self.accelerator, whole[-1])
         self.state.rollbacks, self.state.rate_factor, self.state.skipped_steps = rollbacks, factor, skipped
         self._skipped_in_a_row = 0
+        self.accelerator.step = 0  # a step that ended early left the count of micro-batches uneven
         self.log.event("rollback", self.state.step, self.state.tokens)
         self.log.alert("rollback", f"{reason}: back to step {self.state.step}, learning rate × {factor:g}")
         self.console.warn(f"{reason}: back to step {self.state.step}, learning rate × {factor:g}")
@@ -281,8 +297,7 @@ class Trainer:
 
     def _interrupted(self, flag: InterruptFlag) -> bool:
         """Whether any process received a signal: all of them must stop at the same step."""
-        mine = torch.tensor(float(flag.received is not None), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(mine, "sum") > 0)
+        return self._anywhere(flag.received is not None)
 
     def _checkpoint_is_due(self) -> bool:
         policy = self.qat.checkpoints
