@@ -37,7 +37,7 @@ def train(model: nn.Module, teacher: nn.Module, ids: torch.Tensor, recipe: Recip
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 

@@ -85,7 +85,7 @@ class QuantizedWeight(nn.Module):
             self.register_buffer("weight_zero_point", zero_point)
 
     def weight_matrix(self) -> Tensor:
-        """The weight as `[N, K]`, with the adapter that trains in its stead added, if there is one (`lora.py`)."""
+        """The weight as `[N, K]`, with the adapter that trains in its stead added, if it has one."""
         up = getattr(self, "lora_up", None)
         return self.weight.flatten(1) if up is None else self.weight.flatten(1) + up @ self.lora_down
 
