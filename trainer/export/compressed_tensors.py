@@ -62,7 +62,11 @@ def export(model: TrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 
 def reload(folder: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Load the folder as a stock transformers does; token losses of ids, `[B, S]` to `[B, S − 1]`."""
-    with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors' own progress bars
+    from compressed_tensors.offload.utils import as_single_threaded
+
+    # Only the main process is here: without being told, the library would wait for the others. It also draws
+    # progress bars of its own.
+    with as_single_threaded(), contextlib.redirect_stderr(io.StringIO()):
         loaded = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device}).eval()
         loaded(
             torch.zeros(1, 1, dtype=torch.int64, device=device)
