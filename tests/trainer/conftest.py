@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -101,20 +102,14 @@ class Browser:
             raise RuntimeError(json.loads(error.read())["value"]["message"]) from None
 
 
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """Headless Chromium; tests are skipped where it is not installed (apt install chromium-driver)."""
-    if not shutil.which("chromedriver"):
-        pytest.skip("chromedriver is not installed: apt install chromium chromium-driver")
+@contextmanager
+def chromium(folder: Path) -> Iterator[Browser]:
+    """A running browser whose files lie in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("chromium")
-    driver = subprocess.Popen(
-        ["chromedriver", f"--port={port}"],
-        env={**_environment(), "HOME": str(folder)},
-        stdout=subprocess.DEVNULL,
-    )
+    environment = {**_environment(), "HOME": str(folder)}
+    driver = subprocess.Popen(["chromedriver", f"--port={port}"], env=environment, stdout=subprocess.DEVNULL)
     try:
         _wait_for(port)
         session = Browser(port, folder / "profile")
@@ -123,6 +118,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     finally:
         driver.terminate()
         driver.wait(timeout=10)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """Headless Chromium; tests are skipped where it is not installed (apt install chromium-driver)."""
+    if not shutil.which("chromedriver"):
+        pytest.skip("chromedriver is not installed: apt install chromium chromium-driver")
+    with chromium(tmp_path_factory.mktemp("chromium")) as session:
+        yield session
 
 
 def _environment() -> dict[str, str]:
