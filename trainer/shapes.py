@@ -28,6 +28,7 @@ def _llama(
 _llama("tiny", hidden=64, ffn=128, layers=2, heads=4, kv_heads=2, vocabulary=384, initializer_range=0.1)
 _llama("tiny-tied", hidden=64, ffn=128, layers=2, heads=4, kv_heads=2, vocabulary=384, initializer_range=0.1,
        tie_word_embeddings=True)  # fmt: skip
+_llama("llama-60m", hidden=512, ffn=1376, layers=8, heads=8, kv_heads=8, vocabulary=32000)
 _llama("smollm2-135m", hidden=576, ffn=1536, layers=30, heads=9, kv_heads=3, vocabulary=49152,
        tie_word_embeddings=True, rope_theta=100000.0, max_position_embeddings=8192)  # fmt: skip
 _llama("llama-3.2-1b", hidden=2048, ffn=8192, layers=16, heads=32, kv_heads=8, vocabulary=128256,

@@ -56,18 +56,27 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [])
     cluster = parse_cluster(node, nodes, price)
-    assumptions, speed = None, None
+    calibration = None
     if calibrate:
         from qatapult.trainer.plan.calibrate import calibrate as measure
 
-        assumptions, speed = measure(loaded, steps=calibrate)
-    made = make_plan(loaded, cluster, assumptions, speed)
+        calibration = measure(loaded, cluster, calibrate)
+    made = make_plan(
+        loaded,
+        cluster,
+        calibration.assumptions if calibration else None,
+        calibration.speed if calibration else None,
+    )
     if engine is not None:
         made = only_engine(made, engine)
     if as_json:
         typer.echo(json.dumps(plan_json(made, everything), indent=2))
     else:
-        print_plan(made, Console(width=None if Console().is_terminal else 190), everything)
+        console = Console()
+        console = console if console.is_terminal else Console(width=190)
+        print_plan(made, console, everything)
+        if calibration:
+            console.print(calibration.describe(), highlight=False)
     if plot is not None:
         plot_plan(made, plot)
     best = require_fit(made)

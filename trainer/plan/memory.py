@@ -211,7 +211,7 @@ def _teacher(shape: ModelShape, setting: Setting, c: int, p: int) -> float:
 
 
 def _quantized_weights(recipe: Recipe, shape: ModelShape, cluster: Cluster, setting: Setting) -> float:
-    """Weights on their grid, or cast, in the compute dtype: kept by every block, or by the one that is recomputed."""
+    """Weights on their grid, or cast, in the compute dtype: of every block, or of the recomputed one."""
     c = compute_bytes(recipe, cluster)
     casts = autocasts(recipe, cluster, setting)
     head = c * shape.head_parameters if casts else 0

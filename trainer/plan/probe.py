@@ -1,7 +1,7 @@
 """A few real optimizer steps in a process of their own: seconds and peak memory, to check and refine plans.
 
-`python -m qatapult.trainer.plan.probe RECIPE.yaml STEPS RESULT.json`, also under `accelerate launch` or torchrun: the
-engine is the launcher's, as in training. Text is random tokens, so that nothing but the model is loaded.
+`python -m qatapult.trainer.plan.probe RECIPE.yaml STEPS RESULT.json`, also under `accelerate launch` or torchrun:
+the engine is the launcher's, as in training. Text is random tokens, so that nothing but the model is loaded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qatapult.trainer.recipe.schema import Recipe
 from qatapult.trainer.run_folder import write_json
 
 #: Steps before the measured ones: compilation, first allocations, optimizer states.
-WARM_UP = 2
+WARM_UP = 1
 
 
 def probe(recipe: Recipe, steps: int) -> dict[str, Any]:
@@ -40,8 +40,8 @@ def probe(recipe: Recipe, steps: int) -> dict[str, Any]:
         steps: measured optimizer steps, after `WARM_UP` others.
 
     Returns:
-        `seconds_per_step` (median), `peak_memory_bytes` and `runtime_memory_bytes` (before the model) of the largest
-        rank, `tokens_per_step`, `world_size`.
+        `seconds_per_step` (median), `peak_memory_bytes` and `runtime_memory_bytes` (before the model) of the
+        largest rank, `tokens_per_step`, `world_size`, `device`.
     """
     accelerator = create_accelerator(recipe)
     device = accelerator.device
@@ -82,6 +82,7 @@ def probe(recipe: Recipe, steps: int) -> dict[str, Any]:
         "runtime_memory_bytes": int(largest[2]),
         "tokens_per_step": trainer.tokens_per_step,
         "world_size": accelerator.num_processes,
+        "device": device.type,
         "main": accelerator.is_main_process,
     }
 
