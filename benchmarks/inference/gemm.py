@@ -1,12 +1,13 @@
 """Products on packed weights against bf16, int8 and the machine's limits.
 
     python benchmarks/inference/gemm.py             # this machine's CPU or GPU
-    python benchmarks/inference/gemm.py --sweep --table kernels/int_gemm/tables/sm_90.json     # a GPU: tune first
+    python benchmarks/inference/gemm.py --sweep --table kernels/int_gemm/tables/sm_90.json     # a GPU: tune
+    first
 
 On a GPU each operation is captured in a CUDA graph over copies of its weight that together exceed the
-second-level cache twice, with fresh random data. The limit is the larger of two times: moving weights, activations
-and results at the measured copy bandwidth, and the operations at the measured rate of the vendor's int8
-GEMM at 8192³ (half of it for 16-bit activations).
+second-level cache twice, with fresh random data. The limit is the larger of two times: moving weights,
+activations and results at the measured copy bandwidth, and the operations at the measured rate of the
+vendor's int8 GEMM at 8192³ (half of it for 16-bit activations).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Which block sizes a product runs with: measured tables, and a rule where nothing was measured.
 
 A table is a JSON file of rows, one per measured shape (`tables/sm_90.json`), which the sweep of
-`benchmarks/inference/gemm.py` writes. The choice is a function of the shape and the table alone, so that all ranks of
-a job and all runs choose alike; nothing is timed behind the caller's back. `pin_table` puts another file in place.
+`benchmarks/inference/gemm.py` writes. The choice is a function of the shape and the table alone, so that
+all ranks of a job and all runs choose alike; nothing is timed behind the caller's back. `pin_table` puts
+another file in place.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Integer products on the CPU, by what the processor can do.
 
 With VNNI, `torch._int_mm` multiplies int8 codes. Without it that call is a naive loop (20 × slower than an
-fp32 GEMM on an AVX2 machine), so codes are multiplied as fp32 numbers instead, which is bit-exact while no sum
-can reach 2^24: K is cut into spans that guarantee it, and spans are added in int32.
+fp32 GEMM on an AVX2 machine), so codes are multiplied as fp32 numbers instead, which is bit-exact while no
+sum can reach 2^24: K is cut into spans that guarantee it, and spans are added in int32.
 """
 
 from __future__ import annotations

@@ -11,9 +11,11 @@ from .configs import GemmConfig, Problem, choose_config
 from .tiles import TileLayout
 from .triton_kernel import packed_gemm
 
-#: Counters of arrivals that launches outside of CUDA graphs share, by device and stream; zero between launches.
+#: Counters of arrivals that launches outside of CUDA graphs share, by device and stream; zero between
+#: launches.
 _counters: dict[tuple[torch.device, int], Tensor] = {}
-#: The same for launches inside graphs, each of which gets a stretch of its own, for graphs may run side by side.
+#: The same for launches inside graphs, each of which gets a stretch of its own, for graphs may run side by
+#: side.
 _graph_counters: dict[torch.device, Tensor] = {}
 _graph_cursor: dict[torch.device, int] = {}
 _COUNTERS = 1 << 20

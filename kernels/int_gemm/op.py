@@ -86,8 +86,8 @@ def packed_linear(
 
     Args:
         x: fp32, bf16 or fp16, [..., K].
-        weight: a `PreparedWeight` (what a module should hold), or the output of `pack`, which is then prepared at
-            every call and needs the scale, scheme and features beside it.
+        weight: a `PreparedWeight` (what a module should hold), or the output of `pack`, which is then
+            prepared at every call and needs the scale, scheme and features beside it.
         weight_scale: fp32, shape `weight_scheme.scale_shape((N, K))`.
         weight_zero_point: as the scale, or None on a symmetric grid.
         bias: [N], any floating dtype.

@@ -83,8 +83,9 @@ def _case(kind: Kind, config: GemmConfig) -> AotCase:
     }
     kinds |= dict.fromkeys(fp32, "fp32") | {"partial": "i32" if integer and not kind.group else "fp32"}
     pointers = {name: f"*{dtype}" for name, dtype in kinds.items()}
+    blocks = f"{config.block_n}×{config.block_m}×{config.split}"
     return AotCase(
-        name=f"{kind.name} {config.block_n}×{config.block_m}×{config.split}, {config.warps} warps, {config.stages} stages",
+        name=f"{kind.name} {blocks}, {config.warps} warps, {config.stages} stages",
         kernel=packed_gemm,
         signature=pointers | dict.fromkeys(("M", "N", "K", "rows", "units"), "i32"),
         constexprs={

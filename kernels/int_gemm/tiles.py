@@ -1,14 +1,15 @@
 """The order in which the Triton kernels read packed weights.
 
-K is cut into slices of `slice_width` codes, and slices into units that fill whole bytes: a unit of b-bit codes is
-`8 / b` slices in one plane of bytes, in whose byte `i` slice `s` keeps its code `i` at bit `s · b`. So a shift and
-a mask of a whole plane give a slice, with no shuffling between neighbours. Three bits take eight slices in three
-planes: the codes' two high bits of slices 0–3, of slices 4–7, and the low bit of all eight.
+K is cut into slices of `slice_width` codes, and slices into units that fill whole bytes: a unit of b-bit
+codes is `8 / b` slices in one plane of bytes, in whose byte `i` slice `s` keeps its code `i` at bit `s ·
+b`. So a shift and a mask of a whole plane give a slice, with no shuffling between neighbours. Three bits
+take eight slices in three planes: the codes' two high bits of slices 0–3, of slices 4–7, and the low bit of
+all eight.
 
-A unit's planes are stored for all rows before the next unit follows, `[units, planes, N, slice_width]`, so that
-a program's tile is one contiguous piece of memory. Kernels move a slice's codes to the top of their bytes: signs
-need no extension, the sums come out 2^(8 − b) times too large, exactly, and the half that a stretched grid adds is
-one bit.
+A unit's planes are stored for all rows before the next unit follows, `[units, planes, N, slice_width]`, so
+that a program's tile is one contiguous piece of memory. Kernels move a slice's codes to the top of their
+bytes: signs need no extension, the sums come out 2^(8 − b) times too large, exactly, and the half that a
+stretched grid adds is one bit.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Products of packed weights with activations, on tensor cores.
 
 One kernel computes `Yᵀ = W · Xᵀ` for all bits (8, 4, 3, 2, 1), for int8 activations (`INTEGER`: int8 × int8 →
-int32) and floating-point ones (codes become fp16 or bf16 in registers, exactly), for scales per channel and per
-group, for prefill (`SPLIT = 1`) and decode (`SPLIT > 1`: K is divided among programs). The weight is the left
-operand because that is the one that Hopper's `wgmma` takes from registers, where slices are unpacked (`tiles.py`).
+int32) and floating-point ones (codes become fp16 or bf16 in registers, exactly), for scales per channel and
+per group, for prefill (`SPLIT = 1`) and decode (`SPLIT > 1`: K is divided among programs). The weight is
+the left operand because that is the one that Hopper's `wgmma` takes from registers, where slices are
+unpacked (`tiles.py`).
 
 Split sums go to a workspace, and the program that arrives last adds them in the order of the splits:
 deterministic, and exact for int32.
@@ -45,8 +46,8 @@ def _align3_asm(s):  # type: ignore[no-untyped-def]
 def _float_asm(width, is_bfloat16):  # type: ignore[no-untyped-def]
     """PTX that turns the top `width` bits of four signed bytes into four fp16 or bf16 integers.
 
-    The biased bits become the low mantissa of 1024 (fp16) or 128 (bf16), from which that number and the bias are then
-    subtracted, two at a time.
+    The biased bits become the low mantissa of 1024 (fp16) or 128 (bf16), from which that number and the
+    bias are then subtracted, two at a time.
     """
     center, one, kind = (0x4300, 0x3F80, "bf16x2") if is_bfloat16 else (0x6400, 0x3C00, "f16x2")
     sign = 1 << (width - 1)
@@ -54,7 +55,8 @@ def _float_asm(width, is_bfloat16):  # type: ignore[no-untyped-def]
     return (
         f"{{ .reg .b32 t, a, b, one, less; shr.u32 t, $2, {8 - width}; "
         f"lop3.b32 t, t, {((1 << width) - 1) * 0x01010101}, {sign * 0x01010101}, 0x6A; "
-        f"prmt.b32 a, t, {(center >> 8) * 0x01010101}, 0x4140; prmt.b32 b, t, {(center >> 8) * 0x01010101}, 0x4342; "
+        f"prmt.b32 a, t, {(center >> 8) * 0x01010101}, 0x4140; "
+        f"prmt.b32 b, t, {(center >> 8) * 0x01010101}, 0x4342; "
         f"mov.b32 one, {one * 0x10001}; mov.b32 less, {less}; "
         f"fma.rn.{kind} $0, a, one, less; fma.rn.{kind} $1, b, one, less; }}"
     )
@@ -82,9 +84,9 @@ def _slice(plane, low_plane, S: tl.constexpr, BITS: tl.constexpr, HALF: tl.const
         out = plane
     elif BITS == 3:
         if _ASM:
-            asm: tl.constexpr = _align3_asm(S)
+            asm3: tl.constexpr = _align3_asm(S)
             out = tl.inline_asm_elementwise(
-                asm, "=r,r,r", [plane, low_plane], dtype=tl.int8, is_pure=True, pack=4
+                asm3, "=r,r,r", [plane, low_plane], dtype=tl.int8, is_pure=True, pack=4
             )
         else:
             high = (plane.to(tl.int32) & 0xFF) << (6 - 2 * (S % 4))
@@ -133,7 +135,8 @@ def packed_gemm(  # type: ignore[no-untyped-def]
     x, w, y, token_scale, scale, shift, row_sum, bias, partial, counter,
     M, N, K, rows, units,
     BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, INTEGER: tl.constexpr,
-    HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, RAW: tl.constexpr, EVEN_K: tl.constexpr, SPAN: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, RAW: tl.constexpr, EVEN_K: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, RASTER: tl.constexpr,
 ):  # fmt: skip
     """A block of `Yᵀ = W · Xᵀ` over one split of K.
@@ -144,8 +147,8 @@ def packed_gemm(  # type: ignore[no-untyped-def]
         y: [M, N], the output; int32 if RAW (the accumulators, no scales).
         token_scale: fp32 [M].
         scale, shift: fp32 [G, N]; shift is the zero point.
-        row_sum: int32, sums of a token's codes over each stretch of SPAN slices, [stretches, M]; over K without
-            groups.
+        row_sum: int32, sums of a token's codes over each stretch of SPAN slices, [stretches, M]; over K
+            without groups.
         bias: [N].
         partial: workspace, [blocks, SPLIT, BLOCK_M, BLOCK_N], int32 or fp32.
         counter: int32 [blocks], zero before and after.

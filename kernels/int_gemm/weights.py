@@ -1,8 +1,8 @@
 """Weights laid out once, at load, for the product that the device at hand is good at.
 
 A packed weight stands for `value = (code − shift) · scale`, where `shift` is the zero point less the scheme's
-`level_offset`. Wherever the shifted codes still fit the operand they are stored instead of the codes, so that the
-product needs no correction afterwards.
+`level_offset`. Wherever the shifted codes still fit the operand they are stored instead of the codes, so
+that the product needs no correction afterwards.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .tiles import TileLayout, slice_width_of, to_tiles
 
-#: `int8`: codes for an integer GEMM, [groups, N, group]. `codes`: the same codes as floats, [N, K], whose products
-#: are exact. `values`: dequantized, [N, K]. `tiles`: packed bytes in the Triton kernels' order (`tiles.py`).
+#: `int8`: codes for an integer GEMM, [groups, N, group]. `codes`: the same codes as floats, [N, K], whose
+#: products are exact. `values`: dequantized, [N, K]. `tiles`: packed bytes in the Triton kernels' order
+#: (`tiles.py`).
 Layout = Literal["int8", "codes", "values", "tiles"]
 
 #: Largest magnitude of an int8 activation code.
@@ -118,8 +119,8 @@ def shift_codes(codes: Tensor, shift: Tensor | None) -> Tensor:
 def exact_span(values: Tensor, scheme: Scheme, zero_point: Tensor | None) -> int:
     """Longest slice of K over which products with int8 codes sum exactly in fp32, for any activations.
 
-    First by the grid alone, `K · max|code| · 128 < 2^24`; where that is too short for a row, by the largest row
-    sum of magnitudes, some four times longer. Halves count twice.
+    First by the grid alone, `K · max|code| · 128 < 2^24`; where that is too short for a row, by the largest
+    row sum of magnitudes, some four times longer. Halves count twice.
     """
     features = values.shape[1]
     halves = 2 if scheme.level_offset else 1
@@ -176,9 +177,10 @@ def prepare_weight(
 ) -> PreparedWeight:
     """Unpack or reorder a packed weight once, at load, into what `packed_linear` multiplies fastest.
 
-    On the CPU an integer product (`activation_scheme` given) takes int8 codes where the processor has VNNI; elsewhere
-    codes held as fp32 (per channel: still exact) or dequantized fp32 (per group). Without activation quantization
-    the weight is dequantized. On a GPU the packed bits stay packed and are only put into the kernels' order.
+    On the CPU an integer product (`activation_scheme` given) takes int8 codes where the processor has VNNI;
+    elsewhere codes held as fp32 (per channel: still exact) or dequantized fp32 (per group). Without
+    activation quantization the weight is dequantized. On a GPU the packed bits stay packed and are only put
+    into the kernels' order.
 
     Args:
         packed: as `pack` gives it, [N, ...].

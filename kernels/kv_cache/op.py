@@ -1,19 +1,19 @@
-"""Keys and values of attention in int8 or int4: one scale a token and head, as in LLM-QAT (arXiv:2305.17888, section 3).
+"""Keys and values of attention in int8 or int4: one scale a token and head, as in LLM-QAT
+(arXiv:2305.17888, section 3).
 
 The grid is that of per-token activations with the head's features as the row, so training
-(`fake_quantize_kv`) and serving (`quantize_kv`, `dequantize_kv`) agree bit for bit. Quantize keys after the rotary
-embedding, as they are cached.
+(`fake_quantize_kv`) and serving (`quantize_kv`, `dequantize_kv`) agree bit for bit. Quantize keys after the
+rotary embedding, as they are cached.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from qatapult.kernels.fake_quant.dynamic import fake_quantize_dynamic, quantize_dynamic
 from qatapult.kernels.grid import dequantize
 from qatapult.kernels.packing import pack, unpack
 from qatapult.kernels.scheme import Scheme
+from torch import Tensor
 
 
 def kv_scheme(bits: int, symmetric: bool = True) -> Scheme:

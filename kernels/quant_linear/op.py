@@ -1,4 +1,5 @@
-"""`quantized_linear`: the forward product of training on integer codes, its backward on fake-quantized values."""
+"""`quantized_linear`: the forward product of training on integer codes, its backward on fake-quantized
+values."""
 
 from __future__ import annotations
 
@@ -34,10 +35,11 @@ def quantized_linear(
 ) -> Tensor:
     """A linear layer under quantization-aware training whose forward is the deployed integer product.
 
-    Forward: `s_x · s_w · (codes(x) · codes(W)ᵀ) + bias`, the sum in exact integers: the arithmetic of `packed_linear`,
-    so the trained layer and the packed one agree to the last rounding. Backward: that of
-    `fake_quantize_dynamic(x) · fake_quantize(W)ᵀ`, with `gradient`'s rule for weight, scale and zero point and the
-    straight-through gradient for x. Only x, the weight and its scales are saved; codes are computed again.
+    Forward: `s_x · s_w · (codes(x) · codes(W)ᵀ) + bias`, the sum in exact integers: the arithmetic of
+        `packed_linear`, so the trained layer and the packed one agree to the last rounding. Backward: that
+        of `fake_quantize_dynamic(x) · fake_quantize(W)ᵀ`, with `gradient`'s rule for weight, scale and zero
+        point and the straight-through gradient for x. Only x, the weight and its scales are saved; codes
+        are computed again.
 
     Args:
         x: fp32, bf16 or fp16, [..., K].
@@ -100,8 +102,8 @@ def quantized_linear(
 def prefers_integer(x: Tensor, weight_scheme: Scheme) -> bool:
     """Whether the integer forward is the faster one for this input.
 
-    On CPUs with VNNI per channel (int8 has twice the rate of bf16); on CPUs without bf16 instructions for bf16
-    inputs (exact fp32 products of codes against emulated bf16); on a GPU per channel.
+    On CPUs with VNNI per channel (int8 has twice the rate of bf16); on CPUs without bf16 instructions for
+    bf16 inputs (exact fp32 products of codes against emulated bf16); on a GPU per channel.
     """
     per_channel = weight_scheme.granularity != "group"
     if x.device.type != "cpu":
@@ -188,7 +190,8 @@ def product_dtype(like: Tensor) -> torch.dtype:
 def fake_quantize_backward(
     grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, gradient: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of weight, scale and zero point from that of the fake-quantized weight; see `fake_quantize`."""
+    """Gradients of weight, scale and zero point from that of the fake-quantized weight; see
+    `fake_quantize`."""
     grid = Grid.of(scheme)
     factor = 1 / math.sqrt(weight.numel() // scale.numel() * grid.top) if gradient == "lsq" else 1.0
     grad_weight, grad_scale, grad_zero = torch.ops.qatapult.fake_quantize_backward(

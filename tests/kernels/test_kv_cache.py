@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from qatapult.kernels import Scheme, dequantize_kv, fake_quantize_kv, kv_scheme, quantize_kv
 
 
@@ -21,7 +20,8 @@ def test_training_sees_what_the_cache_returns(bits: int, symmetric: bool, dtype:
     assert (zero_point is None) == symmetric
     back = dequantize_kv(packed, scale, zero_point, scheme, 64, dtype)
     assert torch.equal(back, fake_quantize_kv(x, scheme))
-    # Half a step, and as much again where the largest element is clamped or the scale and zero point are rounded.
+    # Half a step, and as much again where the largest element is clamped or the scale and zero point are
+    # rounded.
     assert ((back - x).abs() <= scale.float() * 1.05 + 2**-8 * x.abs()).all()
 
 
