@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -97,7 +99,7 @@ class RunModels:
         """Load one of the run's models.
 
         Args:
-            which: `full_precision`, `ptq` (the one that training started from), `qat` (fake-quantized) or `packed`.
+            which: `full_precision`, `ptq` (what training started from), `qat` (fake-quantized) or `packed`.
 
         Raises:
             UserError: for another name, or if the run has not got that far.
@@ -151,7 +153,8 @@ class FolderModels:
     def load(self, which: str) -> PreTrainedModel:
         """Load the model; there is only one, whatever is asked for."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_model(self._model, dtype=torch.float32).to(device)
-        # Compressed weights are unpacked by the first call of the whole model.
-        model(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors' own progress bars
+            model = load_model(self._model, dtype=torch.float32).to(device)
+            # Compressed weights are unpacked by the first call of the whole model.
+            model(torch.zeros(1, 1, dtype=torch.int64, device=device))
         return model

@@ -40,6 +40,11 @@ def decoder(model: PreTrainedModel) -> nn.Module:
     return getattr(model, model.base_model_prefix)
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its token ids."""
+    return next(model.get_input_embeddings().parameters()).device
+
+
 def last_hidden(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Hidden states after the final norm: ids int64 `[B, S]` to `[B, S, D]`."""
     return decoder(model)(input_ids=ids, use_cache=False).last_hidden_state
@@ -81,7 +86,7 @@ def perplexity(
         on_progress: called with the number of tokens done.
         losses_of: computes token losses `[B, S − 1]` of a batch; by default `token_losses` of the model.
     """
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     compute = losses_of or (lambda ids: token_losses(model, ids))
     return document_losses(lambda ids: compute(ids.to(device)), blocks, documents, batch_size, on_progress)
 

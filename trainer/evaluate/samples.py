@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from qatapult.trainer.evaluate.perplexity import device_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,7 +26,7 @@ def sample_texts(
     Returns:
         `[{"prompt", "text"}]`, the same prompts for every model.
     """
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     length = min(_PROMPT_TOKENS, held_out.shape[1])
     samples = []
     for block in held_out[:: max(1, len(held_out) // _PROMPTS)][:_PROMPTS]:

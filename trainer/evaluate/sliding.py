@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from qatapult.trainer.evaluate.perplexity import token_losses
+from qatapult.trainer.evaluate.perplexity import device_of, token_losses
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,8 +21,9 @@ def sliding_perplexity(
 ) -> float:
     """Perplexity of one stream of text.
 
-    Windows start every `stride` tokens; each judges only the tokens that the one before did not, so that every
-    token but the first is judged once, with at least `window − stride` tokens before it (where there are so many).
+    Windows start every `stride` tokens; each judges only the tokens that the one before did not, so that
+    every token but the first is judged once, with at least `window − stride` tokens before it (where there
+    are so many).
 
     Args:
         model: a causal language model, packed or not, in evaluation mode.
@@ -36,7 +37,7 @@ def sliding_perplexity(
     """
     if not 1 <= stride < window:
         raise ValueError(f"stride={stride} must be at least 1 and below the window of {window}")
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     total, judged = 0.0, 0
     start = 0
     while judged < len(tokens) - 1:

@@ -31,25 +31,29 @@ class ShardWriter:
     Args:
         folder: where `model*.safetensors` appear at `close`.
         shard_bytes: largest size of a shard, unless one tensor is larger.
+
+    Attributes:
+        metadata: strings for the header of the shards that are still to be finished.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = 4 << 30) -> None:
         self._folder = folder
         self._limit = shard_bytes
         self._shards: list[_Shard] = []
+        self.metadata: dict[str, str] = {"format": "pt"}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append one tensor."""
         size = tensor.numel() * tensor.element_size()
         if not self._shards or (self._shards[-1].size and self._shards[-1].size + size > self._limit):
             if self._shards:
-                self._shards[-1].close()
+                self._shards[-1].close(self.metadata)
             self._shards.append(_Shard(self._folder / f".shard-{len(self._shards)}"))
         self._shards[-1].add(name, tensor)
 
     def close(self) -> None:
         """Finish the last shard, give the shards their names, and write the index where there are several."""
-        self._shards[-1].close()
+        self._shards[-1].close(self.metadata)
         count = len(self._shards)
         where: dict[str, str] = {}
         for number, shard in enumerate(self._shards, 1):
@@ -82,8 +86,8 @@ class _Shard:
         self.names.append(name)
         self.size += len(data)
 
-    def close(self) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    def close(self, metadata: dict[str, str]) -> None:
+        header: dict[str, Any] = {"__metadata__": metadata}
         end = 0
         widths = sorted(self._bodies, reverse=True)
         for width in widths:

@@ -58,17 +58,21 @@ class TrainedModel:
     def config(self) -> Any:
         return self.skeleton.config
 
+    def structure(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that `layers` yields, in its order, without loading anything."""
+        for name, module in self.skeleton.named_modules():
+            if any(_join(name, key) in self._names for key in _own_tensors(module)):
+                yield name, module
+
     @torch.no_grad()
     def layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Every module that owns tensors, with its tensors loaded; each is freed when the next is asked for.
 
         Heads that are tied to the embeddings are left out.
         """
-        for name, module in self.skeleton.named_modules():
-            own = {key: f"{name}.{key}" if name else key for key in _own_tensors(module)}
-            tensors = {key: self._read(full) for key, full in own.items() if full in self._names}
-            if not tensors:
-                continue
+        for name, module in self.structure():
+            keys = [key for key in _own_tensors(module) if _join(name, key) in self._names]
+            tensors = {key: self._read(_join(name, key)) for key in keys}
             loaded = copy.copy(module)
             loaded._parameters, loaded._buffers = module._parameters.copy(), module._buffers.copy()
             loaded.load_state_dict(tensors, strict=False, assign=True)
@@ -78,6 +82,10 @@ class TrainedModel:
 def tied_names(model: PreTrainedModel) -> set[str]:
     """Names of tensors that are another tensor under a second name."""
     return set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+
+
+def _join(module: str, key: str) -> str:
+    return f"{module}.{key}" if module else key
 
 
 def _own_tensors(module: nn.Module) -> list[str]:

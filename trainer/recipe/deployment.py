@@ -1,4 +1,4 @@
-"""The grids of deployment formats: a recipe that names its format is trained on exactly that format's grid."""
+"""The grids of deployment formats: a recipe that names its format is trained on exactly that grid."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def gguf_type(weights: Scheme) -> str | None:
 
 
 def fill_in(quantization: dict[str, Any]) -> dict[str, Any]:
-    """The `quantization` section of a recipe with what its deployment dictates, where the recipe is silent."""
+    """The recipe's `quantization` section with what its deployment dictates, where the recipe is silent."""
     grid = GGUF_GRIDS.get(quantization.get("deployment", "native"))
     if grid is None:
         return quantization
@@ -98,20 +98,18 @@ def check_torchao(weights: Scheme | None, activations: Scheme | None) -> None:
         or weights.granularity not in ("channel", "group")
     ):
         raise ValueError(f"{given}; use an integer grid of 4 or 8 bits, by channel or group")
-    if activations is not None and (
-        activations.bits != 8 or activations.granularity != "token" or not activations.symmetric
-    ):
-        raise ValueError(f"inputs of {activations.describe()}; use int8 token, or none")
+    if activations is not None:
+        raise ValueError(
+            f"inputs of {activations.describe()}; torchao quantizes inputs of such weights asymmetrically, "
+            "which is another grid: use none, or deployment 'compressed-tensors'"
+        )
 
 
 def _check_gguf(deployment: str, weights: Scheme | None, activations: Scheme | None) -> None:
     if weights is None or gguf_type(weights) != deployment:
-        grid = ", ".join(f"{key}: {value}" for key, value in GGUF_GRIDS[deployment].items()).replace(
-            "True", "true"
-        )
+        grid = ", ".join(f"{key}: {str(value).lower()}" for key, value in GGUF_GRIDS[deployment].items())
         raise ValueError(
-            f"deployment '{deployment}' needs weights: {{{grid.replace('False', 'false')}}}; "
-            "leave weights out to get exactly that"
+            f"deployment '{deployment}' needs weights: {{{grid}}}; leave weights out to get exactly that"
         )
     if activations is not None:
         raise ValueError(
