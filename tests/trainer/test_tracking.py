@@ -90,7 +90,7 @@ def items(record: Any) -> dict[str, Any]:
 def test_what_wandb_gets(make_run: Fixture, capfd: Fixture) -> None:
     run = make_run()
     tracking = Tracking(
-        accelerator(), recipe_with("tracking.group=sweep-1", "tracking.tags=[w4a8, demo]"), run, "trial"
+        accelerator(), recipe_with("tracking.group=sweep-1", "tracking.tags=[w4a8, demo]"), run
     )
     said = capfd.readouterr().err
     assert said.count("running offline") == 1

@@ -30,24 +30,26 @@ class Tracking:
         accelerator: its trackers are set up here, so it need not be built with `log_with`.
         recipe: names the trackers, the project, group and tags.
         run_folder: keeps the tracker's run id, so that a resumed run goes on in the same wandb run.
-        job_type: wandb's job type: `train`, or `trial` for the runs of a sweep.
+        job_type: wandb's job type; by default `trial` for the runs of a group (a sweep), else `train`.
 
     Raises:
         UserError: if the recipe asks for a tracker that is not installed.
     """
 
     def __init__(
-        self, accelerator: Accelerator, recipe: Recipe, run_folder: RunFolder, job_type: str = "train"
+        self, accelerator: Accelerator, recipe: Recipe, run_folder: RunFolder, job_type: str | None = None
     ) -> None:
         self._recipe, self._run = recipe, run_folder
         self._trackers: dict[str, GeneralTracker] = {}
+        self._all = accelerator.trackers
+        kind = job_type or ("trial" if recipe.tracking.group else "train")
         if not accelerator.is_main_process:
             return
         for name in recipe.tracking.trackers:
-            tracker = self._start(name, job_type)
+            tracker = self._start(name, kind)
             if tracker is not None:
                 self._trackers[name] = tracker
-                accelerator.trackers.append(tracker)
+                self._all.append(tracker)
 
     def log(self, values: Mapping[str, float], step: int, tokens: int) -> None:
         """Log figures under the names of `metrics.jsonl`.
@@ -79,7 +81,7 @@ class Tracking:
             if name == "wandb":
                 self._guard(name, "finish_run", self._run, self._recipe.tracking.upload_checkpoint, report)
             self._guard(name, "finish")
-        self._trackers.clear()
+            self._forget(name)
 
     def _start(self, name: str, job_type: str) -> GeneralTracker | None:
         try:
@@ -108,7 +110,13 @@ class Tracking:
             getattr(self._trackers[name], method)(*arguments, **keywords)
         except Exception as error:
             _give_up(name, error)
-            del self._trackers[name]
+            self._forget(name)
+
+    def _forget(self, name: str) -> None:
+        """Leave a tracker alone from now on; Accelerate would close it once more at the end of training."""
+        tracker = self._trackers.pop(name, None)
+        if tracker in self._all:
+            self._all.remove(tracker)
 
 
 def run_id(run: RunFolder) -> str:
