@@ -62,8 +62,8 @@ def test_what_the_image_copies_is_enough_to_install_and_to_submit(tmp_path: Path
     subprocess.run(
         [venv / "bin" / "python", "-m", "pip", "uninstall", "-q", "-y", "setuptools"], check=True, timeout=60
     )
-    # The dependencies come from the environment of the tests: a path in a .pth file does not read that folder's
-    # own .pth files, so the editable install there is not seen.
+    # The dependencies come from the environment of the tests: a path in a .pth file does not read the .pth
+    # files of that folder, so the editable install there is not seen.
     [packages] = (venv / "lib").glob("python*/site-packages")
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     subprocess.run(
