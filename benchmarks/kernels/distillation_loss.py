@@ -5,9 +5,9 @@
     python benchmarks/kernels/distillation_loss.py --train-head        # with the gradient of the head
 
 One call is loss and gradients, with the products with both heads. Candidates take turns in every round on
-fresh random tensors; the table shows medians, ratios to plain torch, and the most memory held at a time beyond
-the inputs and the gradients. `products` are the matrix products alone, in chunks of the same size: what no
-implementation goes below. `rows alone` compares softmax, divergence and gradient on given logits.
+fresh random tensors; the table shows medians, ratios to plain torch, and the most memory held at a time
+beyond the inputs and the gradients. `products` are the matrix products alone, in chunks of the same size:
+what no implementation goes below. `rows alone` compares softmax, divergence and gradient on given logits.
 """
 
 from __future__ import annotations

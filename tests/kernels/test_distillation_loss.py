@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qatapult.kernels import distillation_loss, topk_distillation_loss, use_backend
-from qatapult.kernels.distillation import op, reference
+from qatapult.kernels.distillation import chunks, op, reference
 from qatapult.kernels.distillation.objective import Objective
 from torch import Tensor
 
@@ -452,3 +452,24 @@ def test_refused_cache(change: dict[str, Any], message: str) -> None:
     cached = dict(zip(("top_indices", "top_logprobs", "tail_mass"), case.cached(3), strict=True))
     with pytest.raises(ValueError, match=message):
         topk_distillation_loss(*case.student, **(cached | change))
+
+
+def test_chunks_fit_the_budget_and_are_even() -> None:
+    """On `meta`, which counts as a GPU: the shapes of a large model need no memory here."""
+    head = torch.empty(128256, 4096, dtype=torch.bfloat16, device="meta")
+    assert chunks.chunk_size(8192, head) == 2048
+    assert chunks.chunk_size(100, head) == 100
+    for tokens in (1, 1000, 5000, 8191):
+        size = chunks.chunk_size(tokens, head)
+        assert 1 <= size <= tokens
+        assert 2 * size * 128256 * 2 <= 1.3 * 2**30
+
+
+def test_logits_whose_rows_are_padded_are_the_product() -> None:
+    """As on a GPU, where rows of an odd vocabulary start at multiples of 128 bytes."""
+    case = Case(5, 70, 8)
+    logits = chunks.Logits(case.student_hidden.detach(), case.student_head.detach(), 5)
+    logits._buffer = torch.empty(5, 128)[:, :70]
+    product = logits.of(slice(0, 5))
+    assert product.stride() == (128, 1)
+    torch.testing.assert_close(product, (case.student_hidden @ case.student_head.t()).detach())
