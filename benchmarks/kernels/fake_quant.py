@@ -13,11 +13,13 @@ is measured.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import torch
 from qatapult.kernels import Scheme, choose_range, fake_quantize, fake_quantize_dynamic
@@ -47,11 +49,16 @@ Forward = Callable[[Inputs], torch.Tensor]
 
 @dataclass
 class Candidate:
-    """A way to compute, and what was measured of it (milliseconds)."""
+    """A way to compute, and what was measured of it (milliseconds).
+
+    `capturable` is false where the operator waits for the GPU (to check its arguments), so that no CUDA
+    graph can hold it: its waiting is measured too.
+    """
 
     name: str
     forward: Forward
     learns_scale: bool = True
+    capturable: bool = True
     forward_ms: list[float] = field(default_factory=list)
     both_ms: list[float] = field(default_factory=list)
     saved_bytes: float = 0.0
@@ -138,14 +145,14 @@ def candidates_for(scheme: Scheme, with_torchao: bool, with_compile: bool) -> li
         found = [
             Candidate("qatapult", lambda inputs: fake_quantize(inputs.x, inputs.scale, scheme=scheme)),
             Candidate("eager", eager_lsq(scheme)),
-            Candidate("ATen learnable", aten_learnable(scheme)),
-            Candidate("ATen fixed scale", aten_fixed(scheme), learns_scale=False),
+            Candidate("ATen learnable", aten_learnable(scheme), capturable=False),
+            Candidate("ATen fixed scale", aten_fixed(scheme), learns_scale=False, capturable=False),
         ]
     if with_compile:
         eager = found[1]
         found.append(Candidate("torch.compile", torch.compile(eager.forward), eager.learns_scale))
     if with_torchao:
-        found.append(Candidate("torchao", torchao(scheme), learns_scale=False))
+        found.append(Candidate("torchao", torchao(scheme), learns_scale=False, capturable=False))
     return found
 
 
@@ -186,17 +193,23 @@ class Clock:
         self.cuda = device == "cuda"
         self._graphs: dict[object, torch.cuda.CUDAGraph] = {}
 
-    def __call__(self, key: object, function: Callable[[Inputs], object], sets: list[Inputs]) -> float:
+    def __call__(
+        self, key: object, function: Callable[[Inputs], object], sets: list[Inputs], capturable: bool = True
+    ) -> float:
         """Time of one call; `key` names the function, whose CUDA graph is kept."""
         if not self.cuda:
             start = time.perf_counter()
             function(sets[0])
             return (time.perf_counter() - start) * 1e3
-        if key not in self._graphs:
+        if capturable and key not in self._graphs:
             self._graphs[key] = self._capture(function, sets)
         start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start_event.record()
-        self._graphs[key].replay()
+        if capturable:
+            self._graphs[key].replay()
+        else:
+            for inputs in sets:
+                function(inputs)
         end_event.record()
         torch.cuda.synchronize()
         return start_event.elapsed_time(end_event) / len(sets)
@@ -226,7 +239,8 @@ def measure(options: argparse.Namespace, scheme: Scheme) -> tuple[list[Candidate
     # Graphs hold their tensors; on the CPU a set is made anew in each round.
     sets = [fresh() for _ in range(4 if options.device == "cuda" else 1)]
     target = torch.empty_like(sets[0].x, requires_grad=False)
-    candidates = candidates_for(scheme, not options.no_torchao, options.compile)
+    has_torchao = find_spec("torchao") is not None and not options.no_torchao
+    candidates = candidates_for(scheme, has_torchao, options.compile)
     clock, copies = Clock(options.device), []
     for candidate in candidates:
         candidate.saved_bytes = saved_bytes(candidate, sets[0])
@@ -236,9 +250,9 @@ def measure(options: argparse.Namespace, scheme: Scheme) -> tuple[list[Candidate
             sets = [fresh()]
         copies.append(clock("copy", lambda inputs: target.copy_(inputs.x.detach()), sets))
         for candidate in candidates:
-            name = candidate.name
-            candidate.forward_ms.append(clock((name, 1), lambda i, c=candidate: run_forward(c, i), sets))
-            candidate.both_ms.append(clock((name, 2), lambda i, c=candidate: run_both(c, i), sets))
+            for run, times in ((run_forward, candidate.forward_ms), (run_both, candidate.both_ms)):
+                function = functools.partial(run, candidate)
+                times.append(clock((candidate.name, run), function, sets, candidate.capturable))
     return candidates, statistics.median(copies)
 
 
