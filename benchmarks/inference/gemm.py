@@ -34,9 +34,9 @@ from timing import copy_bandwidth, cpu_times, graph_time
 TOKENS = Scheme(granularity="token")
 #: Layers of LLaMA-2-7B and Llama-3-8B as [N, K], and one matrix of more than 200 MB at 4 bits.
 GPU_SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336), (36864, 12288))
-CPU_SHAPES = ((576, 576), (1536, 576), (576, 1536), (4096, 4096))
+CPU_SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048))
 GPU_TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
-CPU_TOKENS = (1, 16, 128, 1024)
+CPU_TOKENS = (1, 16, 256)
 
 
 @dataclass

@@ -91,16 +91,21 @@ SCHEMES = [
 ]
 
 
+#: The interpreter multiplies bf16 wrongly.
+FLOATS = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float16,)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("activations", [Scheme(granularity="token"), None], ids=["A8", "A16"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
-def test_scales_and_zero_points(scheme: Scheme, activations: Scheme | None) -> None:
+def test_scales_and_zero_points(scheme: Scheme, activations: Scheme | None, dtype: torch.dtype) -> None:
     features = 384 if scheme.granularity == "group" else 197
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(70, features, generator=generator) + 0.3
     scale, zero_point = choose_range(weight, scheme)
     packed = pack(quantize(weight, scale, zero_point, scheme), scheme).to(DEVICE)
     scale, zero_point = scale.to(DEVICE), None if zero_point is None else zero_point.to(DEVICE)
-    x = torch.randn(2, 3, features, generator=generator).half().to(DEVICE)
+    x = torch.randn(2, 3, features, generator=generator).to(DEVICE, dtype)
     bias = torch.arange(70.0, device=DEVICE)
     arguments = {"weight_scheme": scheme, "activation_scheme": activations, "features": features}
     expected = packed_linear_reference(
