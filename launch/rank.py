@@ -29,6 +29,8 @@ def main() -> int:
     """
     with InterruptFlag() as flag:
         launch = LaunchFolder(RunFolder(Path(sys.argv[1])))
+        # What the pipeline tells people to type if they want to go on by hand.
+        sys.argv[1:] = ["train", str(launch.run.recipe), "--runs", str(launch.run.path.parent)]
         rank = int(os.environ.get("RANK", "0"))
         _write_to(launch.rank_log(rank))
         code, reason = _run(launch.run)
