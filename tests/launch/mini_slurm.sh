@@ -16,11 +16,11 @@ say() { printf 'mini-slurm: %s\n' "$*" >&2; }
 
 install() {
   local program missing=
-  for program in slurmctld slurmd sbatch munged; do command -v "$program" >/dev/null || missing=$program; done
+  for program in slurmctld slurmd sbatch munged ip pgrep; do command -v "$program" >/dev/null || missing=$program; done
   [ -z "$missing" ] && return 0
   apt-get update -qq >/dev/null
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-    slurmctld slurmd slurm-client munge iproute2 </dev/null >/dev/null
+    slurmctld slurmd slurm-client munge iproute2 procps </dev/null >/dev/null
 }
 
 configure() {

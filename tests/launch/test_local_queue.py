@@ -94,7 +94,16 @@ def test_cancel_takes_a_run_out_of_the_queue_and_resume_puts_it_back(
 ) -> None:
     runs = tmp_path / "runs"
     for name in ("busy", "waiting"):
-        qatapult(runs, "submit", "tiny-random-w4a8", f"name={name}", "qat.tokens=1280000", "--local")
+        words = (
+            "submit",
+            "tiny-random-w4a8",
+            f"name={name}",
+            "qat.tokens=1280000",
+            "--local",
+            "--processes",
+            "2",
+        )
+        qatapult(runs, *words)
     qatapult(runs, "cancel", "waiting")
     assert states(runs)["waiting"]["state"] == "cancelled"
     metrics = runs / "busy" / "metrics.jsonl"

@@ -60,9 +60,15 @@ class Cluster:
         return json.loads(self.qatapult("status", name, "--json").stdout)
 
     def wait(self, name: str, *states: str) -> dict[str, Any]:
-        """Wait until a run is in one of some states."""
-        self.until(lambda: self.state(name)["state"] in states, f"{name} is {' or '.join(states)}", every=2.0)
-        return self.state(name)
+        """Wait until a run is in one of some states and its script has written down how the attempt ended."""
+        found: dict[str, Any] = {}
+
+        def settled() -> bool:
+            found.update(self.state(name))
+            return found["state"] in states and found["history"][-1]["event"] == "end"
+
+        self.until(settled, f"{name} is {' or '.join(states)}", every=1.0)
+        return found
 
     def until(self, condition: Callable[[], object], what: str, every: float = 0.1) -> None:
         give_up = time.monotonic() + PATIENCE
@@ -131,6 +137,19 @@ def test_a_run_that_fails_three_times_without_progress_stops_and_says_why(
     assert "status 7" in found["reason"]
     assert "failed 3 times" in cluster.qatapult("logs", "broken").stdout
     assert "failed 3 times" in cluster.qatapult("runs").stdout
+
+
+def test_worlds_of_one_are_refused_before_anything_is_loaded(
+    cluster: Cluster, whole: str, tmp_path: Path
+) -> None:
+    """This Accelerate config starts each node as a world of its own, and says nothing."""
+    engine = tmp_path / "engine.yaml"
+    engine.write_text("distributed_type: MULTI_CPU\nuse_cpu: true\nnum_machines: 2\nnum_processes: 2\n")
+    cluster.submit("alone", "--engine", engine)
+    found = cluster.wait("alone", "failed")
+    assert "the job was to run 2 ranks and this process is one of 1" in found["reason"]
+    assert found["attempts"] == 1
+    assert found["stages"] == []
 
 
 def test_a_signal_before_the_limit_requeues_and_changes_no_loss(cluster: Cluster, whole: str) -> None:
