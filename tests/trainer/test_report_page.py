@@ -167,6 +167,17 @@ def test_comparison_draws_and_sorts(browser: Fixture, make_run: Fixture) -> None
     assert drawn == [curve["cost"] for curve in compared["curves"]]
 
 
+def test_prints_in_light_colours_with_everything_unfolded(page: Fixture) -> None:
+    browser, _ = page
+    browser.run("setTheme('dark', false); dispatchEvent(new Event('beforeprint'))")
+    folded = "return [...document.querySelectorAll('details')].filter((part) => !part.open).length"
+    assert browser.run("return document.documentElement.dataset.theme") == "light"
+    assert browser.run(folded) == 0
+    browser.run("dispatchEvent(new Event('afterprint'))")
+    assert browser.run("return document.documentElement.dataset.theme") == "dark"
+    assert browser.run(folded) > 0
+
+
 #: Texts whose colour stands out less than 4.5 to 1 from the page or card behind them.
 CONTRAST = """
 const linear = (v) => (v / 255 <= 0.03928 ? v / 3294.6 : ((v / 255 + 0.055) / 1.055) ** 2.4);
