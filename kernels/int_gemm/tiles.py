@@ -69,7 +69,16 @@ def slice_width_of(scheme: Scheme) -> int | None:
 def to_tiles(codes: Tensor, layout: TileLayout) -> Tensor:
     """Pack int8 codes [N, K] into uint8 [units, planes, N padded, slice_width]."""
     rows, features = codes.shape
-    padded = pad(codes.to(torch.int32), (0, -features % layout.unit, 0, -rows % ROW_MULTIPLE))
+    padding = (0, -features % layout.unit, 0, -rows % ROW_MULTIPLE)
+    if layout.bits == 8:
+        whole = pad(codes, padding) if any(padding) else codes
+        return (
+            whole.view(torch.uint8)
+            .unflatten(1, (-1, layout.slice_width))
+            .transpose(0, 1)[:, None]
+            .contiguous()
+        )
+    padded = pad(codes.to(torch.int32), padding)
     # [units, slices, N, slice_width]
     slices = padded.unflatten(1, (-1, layout.slices, layout.slice_width)).permute(1, 2, 0, 3)
     if layout.bits == 3:

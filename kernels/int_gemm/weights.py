@@ -166,6 +166,18 @@ def prepare_codes(
     return PreparedWeight(values, scale, None, scheme, "values", features)
 
 
+def prepare_unpacked(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, activation_scheme: Scheme
+) -> PreparedWeight:
+    """Lay out codes that will be used once, as in training: on a GPU as whole bytes, which takes one copy."""
+    if backend_for(codes) != "triton":
+        return prepare_codes(codes, scale, zero_point, scheme, activation_scheme)
+    if scheme.level_offset:
+        codes, scale = codes * 2 + 1, scale / 2
+    whole = replace(scheme, bits=8, grid="integer")
+    return prepare_codes(codes, scale, zero_point, whole, activation_scheme)
+
+
 def prepare_weight(
     packed: Tensor,
     scale: Tensor,

@@ -11,7 +11,7 @@ from qatapult.kernels.fake_quant.op import fake_quantize
 from qatapult.kernels.fake_quant.spec import Gradient, Grid
 from qatapult.kernels.grid import check_scale, dequantize, quantize
 from qatapult.kernels.int_gemm.op import multiply_prepared, quantize_activations
-from qatapult.kernels.int_gemm.weights import check_schemes, prepare_codes
+from qatapult.kernels.int_gemm.weights import check_schemes, prepare_unpacked
 from qatapult.kernels.scheme import TERNARY, Granularity, ScaleDtype, Scheme
 from qatapult.kernels.scheme import Grid as GridKind
 from torch import Tensor
@@ -132,7 +132,7 @@ def _quantized_linear(
     zero_point = None if zero_point is None else zero_point.round()
     codes = quantize(weight, scale, zero_point, scheme)
     return multiply_prepared(
-        x, prepare_codes(codes, scale, zero_point, scheme, tokens), bias, tokens, x.dtype
+        x, prepare_unpacked(codes, scale, zero_point, scheme, tokens), bias, tokens, x.dtype
     )
 
 

@@ -6,9 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from qatapult.kernels import Scheme, choose_range, pack, packed_linear, quantize, quantized_linear
+from qatapult.kernels import (
+    Scheme,
+    choose_range,
+    pack,
+    packed_linear,
+    quantize,
+    quantized_linear,
+    use_backend,
+)
 from torch import Tensor
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = Scheme(granularity="token")
 SCHEMES = [
     Scheme(bits=4),
@@ -84,6 +93,16 @@ def test_training_runs_on_the_arithmetic_that_is_served(scheme: Scheme) -> None:
         features=64,
     )
     assert torch.equal(y, served)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
+def test_the_triton_forward_agrees(scheme: Scheme) -> None:
+    pytest.importorskip("triton")
+    expected, _ = run("integer", scheme, "lsq")
+    tensors = {name: None if t is None else t.detach().to(DEVICE) for name, t in layer(scheme).items()}
+    with use_backend("triton"):
+        y = quantized_linear(**tensors, weight_scheme=scheme, activation_scheme=TOKENS, mode="integer")  # type: ignore[arg-type]
+    torch.testing.assert_close(y.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_saves_only_its_inputs_for_backward() -> None:
