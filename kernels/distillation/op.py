@@ -91,7 +91,10 @@ class Counted:
     """The tokens that count: the others take no part in any product."""
 
     def __init__(self, valid: Tensor | None) -> None:
-        self._rows = None if valid is None else valid.nonzero().squeeze(-1)
+        self._rows = None
+        if valid is not None:
+            rows = valid.nonzero().squeeze(-1)
+            self._rows = rows if len(rows) < len(valid) else None
 
     def take(self, tensor: Any) -> Any:
         """Their rows of a tensor (of None: None)."""
