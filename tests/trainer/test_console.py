@@ -134,3 +134,11 @@ def test_markup_in_names_is_text() -> None:
     log = io.StringIO()
     Console(err=log).say("[red]run[/red] [1/2]")
     assert log.getvalue() == "[red]run[/red] [1/2]\n"
+
+
+def test_live_progress_on_a_terminal() -> None:
+    terminal = Terminal()
+    progress(Console(err=terminal))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert "100/100" in shown
+    assert "loss 0.5" in shown

@@ -29,9 +29,9 @@ def figures(module_run: RunFolder) -> dict[str, Any]:
     return json.loads(module_run.report_json.read_text())
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def page(browser: Fixture, module_run: RunFolder, figures: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A browser without a network that shows the report, and the report's figures."""
+    """A browser without a network that shows the report (opened once), and the report's figures."""
     browser.resize(1200, 900)
     browser.console(), browser.requests()
     browser.open(module_run.report_html.as_uri(), offline=True)
@@ -144,6 +144,18 @@ def test_phone_needs_no_sideways_scrolling(page: Fixture) -> None:
     browser, _ = page
     browser.resize(390, 844, phone=True)
     browser.wait("return document.documentElement.scrollWidth <= 390")
+    browser.resize(1200, 900)
+
+
+def test_prints_in_light_colours_with_everything_unfolded(page: Fixture) -> None:
+    browser, _ = page
+    browser.run("setTheme('dark', false); dispatchEvent(new Event('beforeprint'))")
+    folded = "return [...document.querySelectorAll('details')].filter((part) => !part.open).length"
+    assert browser.run("return document.documentElement.dataset.theme") == "light"
+    assert browser.run(folded) == 0
+    browser.run("dispatchEvent(new Event('afterprint'))")
+    assert browser.run("return document.documentElement.dataset.theme") == "dark"
+    assert browser.run(folded) > 0
 
 
 def test_comparison_draws_and_sorts(browser: Fixture, make_run: Fixture) -> None:
@@ -165,17 +177,6 @@ def test_comparison_draws_and_sorts(browser: Fixture, make_run: Fixture) -> None
     browser.wait("return document.getElementById('plot-curves').layout.xaxis.title.text === 'cost'")
     drawn = browser.run("return document.getElementById('plot-curves').data.map(t => [...t.x])")
     assert drawn == [curve["cost"] for curve in compared["curves"]]
-
-
-def test_prints_in_light_colours_with_everything_unfolded(page: Fixture) -> None:
-    browser, _ = page
-    browser.run("setTheme('dark', false); dispatchEvent(new Event('beforeprint'))")
-    folded = "return [...document.querySelectorAll('details')].filter((part) => !part.open).length"
-    assert browser.run("return document.documentElement.dataset.theme") == "light"
-    assert browser.run(folded) == 0
-    browser.run("dispatchEvent(new Event('afterprint'))")
-    assert browser.run("return document.documentElement.dataset.theme") == "dark"
-    assert browser.run(folded) > 0
 
 
 #: Texts whose colour stands out less than 4.5 to 1 from the page or card behind them.

@@ -34,7 +34,7 @@ def compressed_plotly() -> Markup:
     """Plotly's script, gzipped and in base64: 1.9 MB a page instead of 4.8 MB; the browser unpacks it."""
     from plotly.offline import get_plotlyjs
 
-    packed = gzip.compress(get_plotlyjs().encode("utf-8"), compresslevel=9, mtime=0)
+    packed = gzip.compress(get_plotlyjs().encode("utf-8"), compresslevel=6, mtime=0)
     return Markup(base64.b64encode(packed).decode("ascii"))
 
 
