@@ -9,10 +9,10 @@ import pytest
 import torch
 from qatapult.trainer.models import load_model
 from qatapult.trainer.quantize.prepare import prepare, quant_layers
-from qatapult.trainer.quantize.ptq import awq, hadamard, smoothquant
+from qatapult.trainer.quantize.ptq import awq, hadamard, smoothquant, spinquant
 from qatapult.trainer.quantize.ptq.calibration import decoder_blocks, full_precision
-from qatapult.trainer.quantize.ptq.folding import folds_of
-from qatapult.trainer.quantize.ptq.rotation import fold_norms, random_hadamard, untie_for
+from qatapult.trainer.quantize.ptq.folding import choose_ranges_again, folds_of
+from qatapult.trainer.quantize.ptq.rotation import fold_norms, random_hadamard, rotate, untie_for
 from qatapult.trainer.quantize.ptq.rotation import hadamard as hadamard_matrix
 from qatapult.trainer.recipe import schema
 from qatapult.trainer.recipe.errors import UserError
@@ -126,6 +126,35 @@ def test_rotation_takes_tied_embeddings_apart(tmp_path: Path) -> None:
     untie_for(loaded, tmp_path / "rotated.safetensors")
     load_tensors(loaded, str(tmp_path / "rotated.safetensors"))
     torch.testing.assert_close(logits(loaded, ids), logits(model, ids))
+
+
+def test_cayley_steps_stay_orthogonal_and_descend() -> None:
+    generator = torch.Generator().manual_seed(3)
+    goal = random_hadamard(20, generator).float()
+    turn = torch.linalg.qr(torch.randn(20, 20, generator=generator)).Q
+    if torch.det(turn) * torch.det(goal) < 0:  # rotations cannot leave their half of the manifold
+        turn[0] *= -1
+    begun = (turn - goal).square().sum()
+    for _ in range(1000):
+        turn = spinquant.cayley_step(turn, 2 * (turn - goal), rate=0.2)
+    torch.testing.assert_close(turn @ turn.t(), torch.eye(20), rtol=0, atol=1e-5)
+    assert (turn - goal).square().sum() < 0.5 * begun
+
+
+def test_a_learned_rotation_lowers_the_quantized_loss_and_keeps_the_function() -> None:
+    model, ids = outlier_model("tiny-tied")
+    before = logits(model, ids)
+    prepare(model, quantization(4, 8))
+    hadamard.rotate_randomly(model)
+    choose_ranges_again(model)
+    drawn = spinquant.rotated_loss(model, torch.eye(64), ids)
+    turn = spinquant.learn_rotation(model, ids, steps=60)
+    assert spinquant.rotated_loss(model, turn, ids) < drawn
+    rotate(model, turn.double(), None)
+    choose_ranges_again(model)
+    with full_precision(model):
+        after = logits(model, ids)
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
 
 
 def test_values_shared_by_query_heads_get_equal_factors() -> None:
