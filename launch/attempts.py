@@ -148,20 +148,23 @@ def _judge(launch: LaunchFolder, begun: dict[str, Any], status: int, notice: str
     refused = next((outcome for outcome in outcomes if outcome["code"] == EXIT_STATUS), None)
     if refused is not None:
         return REFUSED, refused["reason"]
-    came_to_nothing = progress(run) == begun["progress"]
+    failed = [outcome for outcome in outcomes if outcome["code"] not in (0, EXIT_REQUEUE)]
     if notice in ("USR1", "LIMIT"):
-        if came_to_nothing:
-            return (
-                FAILED,
-                "no stage and no checkpoint was finished within the time limit: ask for more time or nodes",
-            )
-        return PREEMPTED, "the time limit came near"
+        if progress(run) != begun["progress"]:
+            return PREEMPTED, "the time limit came near"
+        too_short = (
+            "no stage and no checkpoint was finished within the time limit: ask for more time or nodes"
+        )
+        return FAILED, _first_error(failed) if failed else too_short
     if notice or any(outcome["code"] == EXIT_REQUEUE for outcome in outcomes):
         return PREEMPTED, "told to stop by SIGTERM"
-    failed = [outcome for outcome in outcomes if outcome["code"] != 0]
     if failed:
-        return FAILED, f"rank {failed[0]['rank']}: {failed[0]['reason']}"
+        return FAILED, _first_error(failed)
     return FAILED, f"the ranks ended with status {status} and left no word; see the job's log"
+
+
+def _first_error(failed: Sequence[dict[str, Any]]) -> str:
+    return f"rank {failed[0]['rank']}: {failed[0]['reason']}"
 
 
 def _outcomes(launch: LaunchFolder, attempt: str) -> list[dict[str, Any]]:

@@ -77,9 +77,9 @@ def _describe(
     state, reason = _state(launch, submission, job, silent)
     figures = _figures(launch)
     speed = figures.get("train/tokens_per_second")
-    total = load_recipe(run.recipe).qat.tokens
+    total = _tokens_total(launch)
     left = None
-    if state == "running" and speed and "qat" not in run.finished():
+    if state == "running" and speed and total and "qat" not in run.finished():
         left = max(0.0, total - figures.get("tokens", 0)) / speed
     return RunState(
         name=run.name,
@@ -143,6 +143,14 @@ def _state_by_hand(launch: LaunchFolder) -> tuple[str, str]:
     if launch.run.metrics.exists() and time.time() - launch.run.metrics.stat().st_mtime < _SILENCE_SECONDS:
         return "running", "started by hand"
     return "stopped", "not submitted"
+
+
+def _tokens_total(launch: LaunchFolder) -> int | None:
+    """Training length; unknown for a run of another version, whose recipe this one does not read."""
+    try:
+        return load_recipe(launch.run.recipe).qat.tokens
+    except UserError:
+        return None
 
 
 def _figures(launch: LaunchFolder) -> dict[str, Any]:
