@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 #: Bytes that the logits of one chunk may take, for student and teacher together.
-_BUDGET = {"cpu": 96 << 20, "cuda": 1280 << 20}
+_BUDGET = {"cpu": 88 << 20, "cuda": 1280 << 20}
 #: Below this many rows the products with the heads lose more time than the memory is worth.
 _LEAST = {"cpu": 64, "cuda": 512}
+#: Rows of a chunk are a multiple of this, so that the products' last tiles are full.
+_MULTIPLE = {"cpu": 16, "cuda": 64}
 
 #: (tokens, logits of the student) → (divergence, cross-entropy) of each token; see `rows.divergence_rows_`.
 RowLoss = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
@@ -48,12 +50,12 @@ class Sums:
 
 
 def chunk_size(tokens: int, head: Tensor) -> int:
-    """Tokens of a chunk: what fits the budget, in chunks of nearly equal size, multiples of 64."""
+    """Tokens of a chunk: what fits the budget, in chunks of nearly equal size."""
     kind = "cpu" if head.device.type == "cpu" else "cuda"
-    row = 2 * head.shape[0] * product_dtype(head).itemsize
-    most = max(_BUDGET[kind] // row, _LEAST[kind])
+    row, multiple = 2 * head.shape[0] * product_dtype(head).itemsize, _MULTIPLE[kind]
+    most = max(_BUDGET[kind] // row // multiple * multiple, _LEAST[kind])
     even = -(-tokens // max(1, -(-tokens // most)))
-    return max(1, min(tokens, -(-even // 64) * 64))
+    return max(1, min(tokens, -(-even // multiple) * multiple))
 
 
 def product_dtype(*tensors: Tensor) -> torch.dtype:

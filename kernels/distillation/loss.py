@@ -55,7 +55,7 @@ def distillation_loss(
         ignore_index: tokens with this label do not count.
         ce_weight: share of the cross-entropy.
         mask: `[...]`; tokens where it is False or 0 do not count.
-        chunk_tokens: by default what fits 96 MiB on a CPU and 1.25 GiB on a GPU.
+        chunk_tokens: by default what fits 88 MiB on a CPU and 1.25 GiB on a GPU.
         reduction: `mean` over the tokens that count, or `sum`. No such token: 0, with zero gradients.
         return_parts: also return the terms, detached.
 

@@ -462,7 +462,11 @@ def test_chunks_fit_the_budget_and_are_even() -> None:
     for tokens in (1, 1000, 5000, 8191):
         size = chunks.chunk_size(tokens, head)
         assert 1 <= size <= tokens
-        assert 2 * size * 128256 * 2 <= 1.3 * 2**30
+        assert 2 * size * 128256 * 2 <= 1.25 * 2**30
+    small = torch.empty(49152, 576)
+    assert all(
+        2 * chunks.chunk_size(tokens, small) * 49152 * 4 <= 88 * 2**20 for tokens in (1024, 2048, 3001)
+    )
 
 
 def test_logits_whose_rows_are_padded_are_the_product() -> None:
