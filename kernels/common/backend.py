@@ -3,6 +3,7 @@ reference."""
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ def backend_for(tensor: torch.Tensor) -> Backend:
             raise ValueError(f"{_VARIABLE}={wanted!r} is not one of {', '.join(get_args(Backend))}")
         return cast(Backend, wanted)
     if tensor.device.type == "cuda":
-        return "triton" if find_spec("triton") else "reference"
+        return "triton" if _has_triton() else "reference"
     return "cpu" if tensor.device.type == "cpu" else "reference"
 
 
@@ -48,6 +49,11 @@ def use_backend(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def interpreting() -> bool:

@@ -14,6 +14,7 @@ from qatapult.kernels.common.operator import blocks_batch, differentiable
 from qatapult.kernels.scheme import Scheme
 
 from . import cpu, reference
+from .sharding import accept_dtensor
 from .spec import Gradient, Grid
 
 
@@ -69,6 +70,7 @@ def fake_quantize(
     if gradient == "ste":
         scale = scale.detach()
         zero_point = None if zero_point is None else zero_point.detach()
+    accept_dtensor(x)
     grid = Grid.of(scheme)
     elements = x.numel() // max(1, scale.numel())
     factor = 1 / math.sqrt(max(1, elements) * grid.top) if gradient == "lsq" else 1.0
@@ -80,6 +82,7 @@ def quantize_codes(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, scheme: Scheme
 ) -> torch.Tensor:
     """What `grid.quantize` calls once it has checked the shapes."""
+    accept_dtensor(x)
     zero_point = None if zero_point is None else zero_point.detach()
     return _quantize(x.detach(), scale.detach(), zero_point, *Grid.of(scheme))
 
@@ -190,11 +193,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, scale, zero_point = ctx.saved_tensors
-    gradient = ctx.numbers[3]
-    grad_x, grad_scale, grad_zero = _gradients(grad, x, scale, zero_point, *ctx.numbers)
+    *grid, gradient, factor = ctx.numbers
     needs_x, needs_scale, needs_zero = ctx.needs_input_grad[:3]
-    if gradient == "ste":
-        needs_scale = needs_zero = False
+    if gradient == "ste" or not (needs_scale or needs_zero):
+        # The same gradient of x, without the sums.
+        gradient, needs_scale, needs_zero = "ste", False, False
+    grad_x, grad_scale, grad_zero = _gradients(grad, x, scale, zero_point, *grid, gradient, factor)
     return (
         grad_x if needs_x else None,
         grad_scale.to(scale.dtype) if needs_scale else None,

@@ -173,7 +173,8 @@ SHARDED = """
     import torch, torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from qatapult.kernels import Scheme, choose_range, fake_quantize, quantize
     from test_fake_quant_composition import Layer, loss_and_gradients
 
     dist.init_process_group("gloo")
@@ -185,6 +186,24 @@ SHARDED = """
     loss, *gradients = loss_and_gradients(layer, x)
     for gradient, right in zip([loss, *(g.full_tensor() for g in gradients)], expected, strict=True):
         torch.testing.assert_close(gradient, right)
+
+    for scheme in (Scheme(bits=4), Scheme(bits=4, granularity="group", group_size=4, symmetric=False),
+                   Scheme(bits=8, granularity="tensor")):
+        for rule in ("lsq", "ste"):
+            weight, grad = x.repeat(2, 1), torch.ones(8, 16)
+            plain = [None if t is None else t.clone() for t in (weight, *choose_range(weight, scheme))]
+            mesh, rows = layer.weight.device_mesh, [Shard(0)]
+            placed = [t if t is None else distribute_tensor(t, mesh, [Replicate()] if t.ndim == 1 else rows)
+                      for t in plain]
+            codes = quantize(*placed, scheme)
+            assert codes.placements == (Shard(0),)
+            assert torch.equal(codes.full_tensor(), quantize(*plain, scheme))
+            for tensors in (plain, placed):
+                [t.requires_grad_() for t in tensors if t is not None]
+                fake_quantize(*tensors, scheme=scheme, gradient=rule).sum().backward()
+            for tensor, right in zip(placed, plain, strict=True):
+                if right is not None and right.grad is not None:
+                    torch.testing.assert_close(tensor.grad.full_tensor(), right.grad)
     dist.destroy_process_group()
     print("sharded as expected")
 """
