@@ -9,8 +9,9 @@ import pytest
 import yaml
 from qatapult.trainer.cli import app
 from qatapult.trainer.plan.accelerate_config import accelerate_config
+from qatapult.trainer.plan.calibrate import calibrate
 from qatapult.trainer.plan.hardware import find_gpu, parse_cluster
-from qatapult.trainer.plan.memory import memory
+from qatapult.trainer.plan.memory import memory, saved_bytes_per_token
 from qatapult.trainer.plan.model_shape import shape_from_config, shape_of
 from qatapult.trainer.plan.planner import make_plan, require_fit, usable
 from qatapult.trainer.plan.settings import Setting
@@ -187,3 +188,69 @@ def test_config_names_the_engine(engine: str) -> None:
     else:
         assert config["distributed_type"] == {"single": "NO", "ddp": "MULTI_GPU"}[engine]
     assert config["mixed_precision"] == "bf16"
+
+
+@pytest.mark.parametrize("integer", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_saved_bytes_are_those_that_autograd_saves(integer: bool, autocast: bool) -> None:
+    """Bytes a token and block, counted in real blocks: what grows with both tokens and blocks."""
+    precision = "bf16" if autocast else "fp32"
+    made = recipe("tiny", precision=precision, integer_forward=integer)
+    shape = shape_of(made.model)
+    setting = Setting("single", "none", False, 1, "none")
+    predicted = saved_bytes_per_token(made, shape, parse_cluster("1xCPU"), setting)
+    counts = {
+        (layers, tokens): _saved_bytes(made, layers, tokens, autocast)
+        for layers in (2, 3)
+        for tokens in (32, 64)
+    }
+    one_block = {tokens: counts[3, tokens] - counts[2, tokens] for tokens in (32, 64)}
+    assert (one_block[64] - one_block[32]) / 32 == predicted
+
+
+def _saved_bytes(made: Recipe, layers: int, tokens: int, autocast: bool) -> int:
+    import torch
+    from qatapult.trainer.loop.optimizer import select_trainable
+    from qatapult.trainer.quantize.prepare import prepare, quant_layers
+    from qatapult.trainer.shapes import RANDOM_SHAPES
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**RANDOM_SHAPES["tiny"] | {"num_hidden_layers": layers})
+    model = AutoModelForCausalLM.from_config(config)
+    prepare(model, made.quantization)
+    select_trainable(model, "linears")
+    for layer in quant_layers(model).values():
+        layer.integer_forward = "integer" if made.qat.integer_forward else "fake"
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    storages: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        model.model(input_ids=ids, use_cache=False)
+    return sum(size for size, _ in storages.values())
+
+
+def test_calibration_adopts_what_was_measured_here() -> None:
+    made = recipe("tiny", global_batch_tokens=None).model_copy(
+        update={"data": Recipe.model_validate(recipe().model_dump() | {"data": {"block_size": 64}}).data}
+    )
+    cluster = parse_cluster("1xCPU")
+    found = calibrate(made, cluster, steps=1)
+    assert found.speed_applies
+    best = make_plan(made, cluster, found.assumptions, found.speed)
+    same = next(c for c in best.candidates if c.setting.teacher == "whole" and c.setting.micro_batch == 2)
+    assert same.memory.device == pytest.approx(found.measured["peak_memory_bytes"], rel=0.1)
+
+
+def test_calibration_of_no_steps_is_refused() -> None:
+    with pytest.raises(UserError, match="--calibrate 0 must be at least 1"):
+        calibrate(recipe("tiny"), parse_cluster("1xCPU"), steps=0)

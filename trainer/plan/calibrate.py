@@ -56,8 +56,8 @@ def calibrate(recipe: Recipe, cluster: Cluster, steps: int) -> Calibration:
 
     Args:
         recipe: as planned; its model and micro batch must fit this machine.
-        cluster: what the plan is for. Rates measured on a GPU are taken as those of the planned GPU, rates measured
-            on a CPU only for plans on this CPU; the memory that activations take is carried over in any case.
+        cluster: what the plan is for. Rates measured on a GPU are taken as those of the planned GPU, rates
+            measured on a CPU only for plans on this CPU; the size of activations is carried over in any case.
         steps: measured optimizer steps, at least 1.
 
     Raises:
@@ -75,7 +75,10 @@ def calibrate(recipe: Recipe, cluster: Cluster, steps: int) -> Calibration:
     needs = memory(own, shape, here, setting, assumptions)
     runtime = float(measured["runtime_memory_bytes"])
     others = needs.device - needs.activations - needs.runtime + runtime
-    scale = max(0.1, (measured["peak_memory_bytes"] - others) / needs.activations)
+    scale = 1.0
+    # What is left cannot be told apart from noise where activations are a small part.
+    if needs.activations > 0.1 * measured["peak_memory_bytes"]:
+        scale = max(0.1, (measured["peak_memory_bytes"] - others) / needs.activations)
     time = step_time(own, shape, here, setting, speed)
     factor = measured["seconds_per_step"] / time.seconds
     of_a_kind = on_gpu != cluster.gpu.is_cpu
