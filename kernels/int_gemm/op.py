@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .cpu import int_matmul_cpu, integer_linear_cpu
+from .decode import decode_product, suits
 from .weights import Layout, PreparedWeight, check_schemes, prepare_weight
 
 
@@ -142,6 +143,8 @@ def multiply_prepared(
         weight.scale,
         weight.shift,
         bias,
+        weight.few,
+        weight.few_scale,
         weight.layout,
         weight.scheme.storage_bits,
         weight.slice_width or weight.exact_span,
@@ -159,6 +162,8 @@ def _packed_product(
     scale: Tensor,
     shift: Tensor | None,
     bias: Tensor | None,
+    few: Tensor | None,
+    few_scale: Tensor | None,
     layout: str,
     bits: int,
     width: int,
@@ -173,6 +178,8 @@ def _packed_product(
         return packed_product_triton(codes, token_scale, operand, scale, shift, bias, tiles, half, dtype)
     if token_scale is None:
         product = linear(codes.to(operand.dtype), operand)
+    elif few is not None and few_scale is not None and suits(codes.shape[0], few_scale):
+        product = decode_product(codes, token_scale, few, few_scale)
     else:
         product = integer_linear_cpu(codes, token_scale, operand, scale, shift, _layout(layout), width)
     if bias is not None:
@@ -188,6 +195,8 @@ def _(
     scale: Tensor,
     shift: Tensor | None,
     bias: Tensor | None,
+    few: Tensor | None,
+    few_scale: Tensor | None,
     layout: str,
     bits: int,
     width: int,

@@ -42,6 +42,8 @@ class PreparedWeight:
         features: K, the length of the dimension that is summed over.
         exact_span: longest slice of K whose fp32 sums are exact for every activation (layout `codes`).
         slice_width: codes of one slice of a K tile (layout `tiles`).
+        few, few_scale: the codes once more, int8 [N, K], and their scales, for products of a few tokens
+            (layouts `codes` and `values`, where activations are quantized).
     """
 
     operand: Tensor
@@ -52,6 +54,8 @@ class PreparedWeight:
     features: int
     exact_span: int = 0
     slice_width: int = 0
+    few: Tensor | None = None
+    few_scale: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -60,13 +64,14 @@ class PreparedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes held: operand, scales and shifts."""
-        held = (self.operand, self.scale) + (() if self.shift is None else (self.shift,))
-        return sum(t.numel() * t.element_size() for t in held)
+        held = (self.operand, self.scale, self.shift, self.few, self.few_scale)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     def to(self, device: torch.device | str) -> PreparedWeight:
         """The same layout in another place; use `prepare_weight` to change the layout."""
-        shift = None if self.shift is None else self.shift.to(device)
-        return replace(self, operand=self.operand.to(device), scale=self.scale.to(device), shift=shift)
+        held = ("operand", "scale", "shift", "few", "few_scale")
+        tensors = {name: getattr(self, name) for name in held if getattr(self, name) is not None}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 @overload
@@ -166,6 +171,15 @@ def prepare_codes(
     return PreparedWeight(values, scale, None, scheme, "values", features)
 
 
+def with_few(
+    weight: PreparedWeight, codes: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> PreparedWeight:
+    """Add the int8 codes for products of a few tokens, where zero points can be folded into them."""
+    scale, shift = scale_and_shift(scale, zero_point, weight.scheme, codes.shape[0])
+    folded, scale, shift = fold_shift(codes, scale, shift)
+    return weight if shift is not None else replace(weight, few=folded, few_scale=scale.contiguous())
+
+
 def prepare_unpacked(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, activation_scheme: Scheme
 ) -> PreparedWeight:
@@ -212,7 +226,10 @@ def prepare_weight(
     expected = scheme.scale_shape(tuple(codes.shape))
     if tuple(scale.shape) != expected:
         raise ValueError(f"scale has shape {tuple(scale.shape)}; {scheme.describe()} needs {expected}")
-    return prepare_codes(codes, scale, zero_point, scheme, activation_scheme)
+    weight = prepare_codes(codes, scale, zero_point, scheme, activation_scheme)
+    if weight.layout in ("codes", "values") and activation_scheme is not None and codes.device.type == "cpu":
+        return with_few(weight, codes, scale, zero_point)
+    return weight
 
 
 def check_schemes(weight_scheme: Scheme, activation_scheme: Scheme | None) -> None:

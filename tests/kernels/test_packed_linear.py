@@ -110,6 +110,19 @@ def test_a_prepared_weight_gives_the_same_and_knows_its_size() -> None:
     assert torch.equal(packed_linear(x, prepared, activation_scheme=TOKENS), direct)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
+def test_few_and_many_tokens_agree(scheme: Scheme, tokens: int) -> None:
+    packed, scale, zero_point = packed_weight(scheme, 19, 320)
+    prepared = prepare_weight(
+        packed, scale, zero_point, scheme=scheme, features=320, activation_scheme=TOKENS
+    )
+    x = torch.randn(40, 320, generator=torch.Generator().manual_seed(3))
+    many = packed_linear(x, prepared, activation_scheme=TOKENS)[:tokens]
+    few = packed_linear(x[:tokens], prepared, activation_scheme=TOKENS)
+    torch.testing.assert_close(few, many, rtol=1e-5, atol=1e-5)
+
+
 def test_no_tokens_give_no_rows() -> None:
     packed, scale, _ = packed_weight(SCHEMES[3], 8, 64)
     prepared = prepare_weight(packed, scale, scheme=SCHEMES[3], features=64, activation_scheme=TOKENS)
@@ -136,7 +149,16 @@ def test_the_operator_passes_opcheck() -> None:
     packed, scale, _ = packed_weight(SCHEMES[3], 8, 64)
     weight = prepare_weight(packed, scale, scheme=SCHEMES[3], features=64, activation_scheme=TOKENS)
     codes = torch.randint(-128, 128, (3, 64), dtype=torch.int8)
-    arguments = (codes, torch.rand(3, 1), weight.operand, weight.scale, None, torch.rand(8))
+    arguments = (
+        codes,
+        torch.rand(3, 1),
+        weight.operand,
+        weight.scale,
+        None,
+        torch.rand(8),
+        weight.few,
+        weight.few_scale,
+    )
     width = weight.exact_span
     torch.library.opcheck(
         torch.ops.qatapult.packed_product, (*arguments, weight.layout, 4, width, False, torch.bfloat16)
