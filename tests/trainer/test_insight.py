@@ -32,10 +32,6 @@ SCHEMES = [
 ]
 
 
-def fit_of(weight: torch.Tensor, scheme: Scheme) -> weights.GridFit:
-    return weights.grid_fit(weight, *choose_range(weight, scheme), scheme)
-
-
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.describe())
 def test_weights_on_the_grid_are_all_near(scheme: Scheme) -> None:
     weight = torch.randn(32, 64)
@@ -49,7 +45,9 @@ def test_weights_on_the_grid_are_all_near(scheme: Scheme) -> None:
 
 
 def test_weights_that_know_no_grid_are_uniform_between_points() -> None:
-    fit = fit_of(torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)), Scheme(bits=8))
+    fit = weights.nearest_fit(
+        torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)), Scheme(bits=8)
+    )
     assert fit.near == pytest.approx(2 * weights.NEAR, abs=0.01)
     assert fit.distance == pytest.approx(0.25, abs=0.01)
     assert max(fit.fractions) < 1.2 * min(fit.fractions)

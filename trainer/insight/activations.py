@@ -26,7 +26,7 @@ OUTLIER = 6.0
 MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
 #: Share of magnitudes that a static range, fixed once on the full-precision model, leaves outside.
 STATIC_OUTSIDE = 0.001
-_SAMPLE = 200_000
+_SAMPLE = 50_000
 
 
 @dataclass(frozen=True)

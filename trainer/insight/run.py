@@ -96,9 +96,10 @@ def look_at_weights(
     fits: dict[str, list[tuple[weights.GridFit, int]]] = {"full_precision": [], "ptq": [], "qat": []}
     rows = []
     for name, layer in after.items():
+        assert layer.weight_scheme is not None
         original = models.full_precision.get_parameter(f"{name}.weight").flatten(1)
         of = {
-            "full_precision": weights.layer_fit(before[name], original),
+            "full_precision": weights.nearest_fit(original, layer.weight_scheme),
             "ptq": weights.layer_fit(before[name]),
             "qat": weights.layer_fit(layer),
         }

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from qatapult.kernels import Scheme
+from qatapult.kernels import Scheme, choose_range
 from qatapult.trainer.quantize.modules import QuantizedWeight
 from torch import Tensor
 
@@ -92,12 +92,17 @@ def grid_fit(weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: S
     )
 
 
-def layer_fit(layer: QuantizedWeight, weight: Tensor | None = None) -> GridFit:
-    """How a layer's weights (or others) lie on the layer's grid."""
+def layer_fit(layer: QuantizedWeight) -> GridFit:
+    """How a layer's weights lie on the layer's own grid."""
     assert layer.weight_scheme is not None
     scale, zero_point = layer.grid()
-    matrix = layer.weight_matrix() if weight is None else weight
-    return grid_fit(matrix, scale, zero_point, layer.weight_scheme)
+    return grid_fit(layer.weight_matrix(), scale, zero_point, layer.weight_scheme)
+
+
+def nearest_fit(weight: Tensor, scheme: Scheme) -> GridFit:
+    """How weights that know of no grid lie on the one that round-to-nearest would give them."""
+    scale, zero_point = choose_range(weight, scheme)
+    return grid_fit(weight, scale, zero_point, scheme)
 
 
 @torch.no_grad()
@@ -160,13 +165,9 @@ def _expanded(scale: Tensor, weight: Tensor) -> Tensor:
 
 
 def _levels_used(codes: Tensor, scheme: Scheme) -> float:
-    blocks = (
-        codes.reshape(-1, scheme.block_size(codes.shape[1]))
-        if scheme.granularity != "tensor"
-        else codes.reshape(1, -1)
-    )
-    used = [(blocks == code).any(dim=1).float().mean() for code in range(scheme.qmin, scheme.qmax + 1)]
-    return float(torch.stack(used).sum())
+    width = codes.numel() if scheme.granularity == "tensor" else scheme.block_size(codes.shape[1])
+    ordered = codes.reshape(-1, width).sort(dim=1).values
+    return float(1 + (ordered.diff(dim=1) != 0).sum(dim=1).double().mean())
 
 
 def _entropy(counts: Tensor) -> float:
