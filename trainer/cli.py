@@ -24,6 +24,8 @@ COMMAND_MODULES = (
     "qatapult.trainer.commands.wandb",
     "qatapult.trainer.commands.study",
     "qatapult.trainer.commands.evaluate",
+    "qatapult.trainer.commands.export",
+    "qatapult.trainer.commands.generate",
     "qatapult.launch.commands",
 )
 

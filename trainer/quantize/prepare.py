@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from qatapult.kernels import Scheme
+from qatapult.trainer.quantize.kv_cache import quantize_kv_cache
 from qatapult.trainer.quantize.modules import (
     QuantConv2d,
     QuantEmbedding,
@@ -92,6 +93,8 @@ def prepare(model: nn.Module, quantization: Quantization, method: QatMethod = "l
     """
     for name, grid in layer_grids(model, quantization).items():
         swap(model, name, grid, _SCALE_SOURCE[method], learned_clip=method == "pact")
+    if quantization.kv_cache is not None:
+        quantize_kv_cache(model, quantization.kv_cache.scheme)
     return model
 
 

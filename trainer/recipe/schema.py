@@ -172,6 +172,8 @@ class Quantization(Section):
                 )
             if self.activations.bits < 4:
                 raise ValueError(f"activations.bits {self.activations.bits:g} is not supported; use 8 or 4")
+        if self.kv_cache is not None and self.kv_cache.granularity != "token":
+            raise ValueError(f"kv_cache.granularity '{self.kv_cache.granularity}' must be 'token'")
         formats.check(
             self.deployment,
             self.weights.scheme if self.weights else None,
