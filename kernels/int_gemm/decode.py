@@ -7,8 +7,14 @@ import functools
 from pathlib import Path
 
 import torch
+from qatapult.kernels.common.backend import backend_for
 from qatapult.kernels.common.cpp import load
+from qatapult.kernels.fake_quant import cpu
+from qatapult.kernels.fake_quant.spec import Grid, RangeRule
+from qatapult.kernels.scheme import Scheme
 from torch import Tensor
+
+from .weights import PreparedWeight
 
 #: Tokens up to which reading int8 beats the fp32 GEMM (AMD Zen 3, two threads), per channel and per group.
 MOST_TOKENS, MOST_TOKENS_GROUPED = 8, 4
@@ -18,6 +24,22 @@ def suits(tokens: int, scale: Tensor) -> bool:
     """Whether so few tokens are better multiplied here, and the library exists."""
     most = MOST_TOKENS if scale.shape[1] == 1 else MOST_TOKENS_GROUPED
     return 0 < tokens <= most and _library() is not None
+
+
+def multiply_few(x: Tensor, weight: PreparedWeight, scheme: Scheme) -> Tensor | None:
+    """Quantize a few tokens and multiply, without registered operators: fp32 [M, N], or None.
+
+    Args:
+        x: [M, K].
+        weight: prepared for quantized activations.
+        scheme: of the activations.
+    """
+    if weight.few is None or weight.few_scale is None or not suits(x.shape[0], weight.few_scale):
+        return None
+    if scheme.range_method != "minmax" or backend_for(x) != "cpu" or not cpu.available(x.dtype):
+        return None
+    codes, token_scale, _ = cpu.quantize_dynamic(x, x.shape[1], Grid.of(scheme), RangeRule.of(scheme))
+    return decode_product(codes, token_scale, weight.few, weight.few_scale)
 
 
 def decode_product(codes: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

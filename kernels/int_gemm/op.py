@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .cpu import int_matmul_cpu, integer_linear_cpu
-from .decode import decode_product, suits
+from .decode import decode_product, multiply_few, suits
 from .weights import Layout, PreparedWeight, check_schemes, prepare_weight
 
 
@@ -130,6 +130,12 @@ def multiply_prepared(
 ) -> Tensor:
     """`packed_linear` on a prepared weight."""
     rows = x.detach().reshape(-1, x.shape[-1])
+    if activation_scheme is not None and not torch.compiler.is_compiling():
+        # At a token a call the dispatch of registered operators takes longer than the product.
+        direct = multiply_few(rows, weight, activation_scheme)
+        if direct is not None:
+            direct = direct if bias is None else direct + bias.float()
+            return direct.to(dtype).reshape(*x.shape[:-1], weight.out_features)
     if activation_scheme is None:
         if weight.layout not in ("values", "tiles"):
             raise ValueError("this weight was prepared for quantized activations; pass activation_scheme")
