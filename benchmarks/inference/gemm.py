@@ -1,7 +1,7 @@
 """Products on packed weights against bf16, int8 and the machine's limits.
 
     python benchmarks/inference/gemm.py             # this machine's CPU or GPU
-    python benchmarks/inference/gemm.py --sweep --table kernels/int_gemm/tables/sm_90.json     # a GPU: tune
+    python benchmarks/inference/gemm.py --sweep --table kernels/int_gemm/sm_90.json     # a GPU: tune
     first
 
 On a GPU each operation is captured in a CUDA graph over copies of its weight that together exceed the

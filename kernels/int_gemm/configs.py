@@ -1,6 +1,6 @@
 """Which block sizes a product runs with: measured tables, and a rule where nothing was measured.
 
-A table is a JSON file of rows, one per measured shape (`tables/sm_90.json`), which the sweep of
+A table is a JSON file of rows, one per measured shape (`sm_90.json`), which the sweep of
 `benchmarks/inference/gemm.py` writes. The choice is a function of the shape and the table alone, so that
 all ranks of a job and all runs choose alike; nothing is timed behind the caller's back. `pin_table` puts
 another file in place.
@@ -58,6 +58,8 @@ class Problem:
         return next((bucket for bucket in BUCKETS if self.m <= bucket), BUCKETS[-1])
 
 
+#: The folder of the shipped tables.
+_SHIPPED = Path(__file__).parent
 _pinned: list[Path] = []
 
 
@@ -81,7 +83,7 @@ def choose_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
         capability: compute capability of the device: 80, 90.
         unit: codes along K that are loaded together; K is split between units.
     """
-    path = _pinned[0] if _pinned else Path(__file__).parent / "tables" / f"sm_{capability}.json"
+    path = _pinned[0] if _pinned else _SHIPPED / f"sm_{capability}.json"
     rows = [
         (_distance(shape, problem), config)
         for shape, config in read_table(path)
@@ -160,7 +162,7 @@ def read_table(path: Path) -> list[tuple[Problem, GemmConfig]]:
         ValueError: if the file is missing or no such table.
     """
     if not path.exists():
-        if path in _pinned or path.parent.name != "tables":
+        if path in _pinned or path.parent != _SHIPPED:
             raise ValueError(f"{path}: no such table of configurations")
         return []
     try:

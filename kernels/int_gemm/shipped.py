@@ -54,7 +54,7 @@ OTHER_KINDS = (
 
 def aot_cases() -> list[AotCase]:
     """Every configuration of the main kinds, one of each other kind."""
-    tables = (Path(__file__).parent / "tables").glob("sm_*.json")
+    tables = Path(__file__).parent.glob("sm_*.json")
     measured = {(bool(p.group), config) for table in tables for p, config in read_table(table)}
     cases = []
     for kind in MAIN_KINDS:
