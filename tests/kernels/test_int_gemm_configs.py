@@ -1,4 +1,4 @@
-"""Block sizes: the table's nearest shape of the same kind, else the rule; tables are stored, merged and pinned."""
+"""Block sizes: the nearest measured shape, else the rule; tables are stored, merged and pinned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from qatapult.kernels.int_gemm.configs import (
     GemmConfig,
     Problem,
