@@ -34,8 +34,8 @@ def section(report: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
     full, ptq, packed = (number(metric[key]) for key in ("full_precision", "ptq", "packed"))
     yield (
         f"Run `{report['name']}`: {source} to {report['format']}, {training['tokens']:,} tokens of training; "
-        f"perplexity {full} at full precision, {ptq} after round-to-nearest, {packed} as packed integers after "
-        f"training. Looked at on {found['tokens']:,} held-out tokens."
+        f"perplexity {full} at full precision, {ptq} after round-to-nearest, {packed} as packed integers "
+        f"after training. Looked at on {found['tokens']:,} held-out tokens."
     )
     yield from ("", "| what is said of QAT | before → after | here |", "|---|---|---|")
     for claim in found["claims"]:

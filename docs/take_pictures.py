@@ -1,4 +1,7 @@
-"""Take the documentation's pictures of a run: python docs/take_pictures.py runs/NAME (needs Chromium)."""
+"""Take the documentation's pictures of a run: python docs/take_pictures.py [runs/NAME] (needs Chromium).
+
+Without a run, the made-up ones of the tests are shown.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,15 @@ from qatapult.trainer.report import write_report
 IMAGES = Path(__file__).parent / "images"
 
 
-def main(run: Path) -> None:
+def main(run: Path | None) -> None:
     helper = _load(Path(__file__).parents[1] / "tests" / "trainer" / "conftest.py")
-    page = write_report(run.absolute()).as_uri()
     with tempfile.TemporaryDirectory() as folder, helper.chromium(Path(folder)) as browser:
+        if run is None:
+            make = helper.run_factory(Path(folder) / "runs")
+            for name, final in (("w4a8-40k", 18.5), ("w4a8-80k", 17.2)):
+                write_report(make(name, packed=final))
+            run = make("example").path
+        page = write_report(run.absolute()).as_uri()
         for name, theme, width, height, phone in (
             ("report-light", "light", 1200, 1500, False),
             ("report-dark", "dark", 1200, 1500, False),
@@ -58,4 +66,4 @@ def _load(file: Path) -> Any:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -28,7 +28,13 @@ class Browser:
 
     def __init__(self, port: int, profile: Path) -> None:
         self._root = f"http://127.0.0.1:{port}"
-        arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+        arguments = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            f"--user-data-dir={profile}",
+        ]
         capabilities = {
             "goog:chromeOptions": {"args": [*arguments, "--window-size=1200,900"]},
             "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},

@@ -75,7 +75,7 @@ class Dashboard:
         page = templates().get_template("dashboard.html.jinja")
         data = json_block({"most": MOST_CURVES})
         html = page.render(
-            policy=_POLICY, plotly=None, data=data, folder=str(self.overview.runs), most=MOST_CURVES
+            policy=_POLICY, plotly=None, data=data, folder=self.overview.runs.resolve().name, most=MOST_CURVES
         )
         return Answer(html.encode(), "text/html; charset=utf-8")
 
