@@ -1,9 +1,10 @@
-"""`qatapult search`: groups, budgets, the integer program, measured divergence, resuming, and what it writes."""
+"""`qatapult search`: groups, budgets, the integer program, divergence, resuming, and what it writes."""
 
 from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from qatapult.trainer.search.budget import Budget, make_budget
 from qatapult.trainer.search.candidates import parse_candidates
 from qatapult.trainer.search.divergence import Divergence
 from qatapult.trainer.search.groups import find_groups
+from qatapult.trainer.search.learned import learned_costs
 from qatapult.trainer.search.program import frontier, solve
 from qatapult.trainer.search.refine import pareto
 from qatapult.trainer.search.run import SearchSettings, search
@@ -197,7 +199,7 @@ def test_estimates_agree_that_fewer_bits_hurt_more(divergence: Divergence) -> No
 
 
 def test_fisher_predicts_the_divergence_of_a_small_change(divergence: Divergence) -> None:
-    """Half the Fisher-weighted error is the divergence to second order; sampling and cross terms leave a factor."""
+    """To second order the divergence is half the Fisher-weighted error; sampling and cross terms remain."""
     count = len(divergence.switching.groups)
     weight_only = divergence.switching.activations
     divergence.switching.activations = None
@@ -292,6 +294,7 @@ def test_another_question_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         (["--budget", "w8_fraction=0.1", "--candidates", "5"], "candidate '5': bits=5.0 is not one of"),
         (["--budget", "w8_fraction=0.1", "--candidates", "eight"], "is not BITS or BITS:GRANULARITY"),
         (["--budget", "w8_fraction=0.1", "quantization.weights=null"], "quantization.weights is null"),
+        (["--budget", "w8_fraction=0.1", "--measures", "guess"], "--measures 'guess' is not one of fisher"),
         (["--budget", "w8_fraction=0.1", "--blocks", "0"], "--blocks 0 must be positive"),
     ],
 )
@@ -304,7 +307,26 @@ def test_impossible_searches_get_one_clear_line(arguments: list[str], message: s
     assert not (tmp_path / "s").exists()
 
 
+def test_learned_bits_keep_the_budget_and_are_measured_beside_the_others(tmp_path: Path) -> None:
+    settings_with = replace(QUICK, measures=("fisher", "learned"), learning_steps=6)
+    result = search(recipe(), settings_with, tmp_path, QUIET)
+    assert set(result.rivals) == {"divergence", "slope", "fisher", "learned"}
+    learned = result.estimates["learned"]
+    np.testing.assert_allclose(np.exp(-learned).sum(axis=1), 1, rtol=1e-5)
+    assert result.divergence <= min(result.rivals.values()) < result.reference_divergence
+
+
+def test_learning_prefers_the_better_grid_where_the_budget_allows(divergence: Divergence) -> None:
+    groups, candidates = divergence.switching.groups, divergence.switching.candidates
+    roomy = make_budget("average_bits=12", groups, candidates, 0)
+    shares = np.exp(-learned_costs(divergence, [2] * len(groups), [roomy], steps=12))
+    assert shares[:, 2].mean() < 0.7, "2 bits had a share of 0.8 at first"
+    tight = make_budget("average_bits=3.6", groups, candidates, 0)
+    held = np.exp(-learned_costs(divergence, [2] * len(groups), [tight], steps=12))
+    assert held[:, 2].mean() > shares[:, 2].mean()
+
+
 def test_overrides_in_the_recipe_are_refused(tmp_path: Path) -> None:
     with_overrides = recipe(overrides=[{"match": "*down_proj", "weights": {"bits": 8}}])
-    with pytest.raises(UserError, match="quantization.overrides is set"):
+    with pytest.raises(UserError, match=r"quantization\.overrides is set"):
         search(with_overrides, QUICK, tmp_path, QUIET)

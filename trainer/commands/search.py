@@ -30,6 +30,13 @@ def search(
     ] = "8",
     blocks: Annotated[int, typer.Option(help="Calibration blocks.")] = 8,
     block_size: Annotated[int, typer.Option(help="Tokens a calibration block.")] = 256,
+    measures: Annotated[
+        str,
+        typer.Option(
+            help="Estimates beside the measured divergence: fisher, hessian, and learned (bits trained by "
+            "gradient descent with a penalty for exceeding the budget)."
+        ),
+    ] = "fisher,hessian",
     trials: Annotated[int, typer.Option(help="Whole assignments that the refinement tries.")] = 24,
     seconds: Annotated[float, typer.Option(help="Time limit; what matters most is measured first.")] = 600.0,
     fused: Annotated[
@@ -62,6 +69,7 @@ def search(
         candidates=tuple(text for text in candidates.split(",") if text.strip()),
         blocks=blocks,
         block_size=block_size,
+        measures=tuple(text.strip() for text in measures.split(",") if text.strip()),
         trials=trials,
         seconds=seconds,
         fused=fused,

@@ -22,12 +22,15 @@ from qatapult.trainer.search.budget import Budget, make_budget, parse_budget
 from qatapult.trainer.search.candidates import Candidate, describe, parse_candidates
 from qatapult.trainer.search.divergence import Divergence
 from qatapult.trainer.search.groups import Group, find_groups
+from qatapult.trainer.search.learned import learned_costs
 from qatapult.trainer.search.program import frontier, solve
 from qatapult.trainer.search.refine import refine
 from qatapult.trainer.search.sensitivity import fisher_costs, hessian_costs, measured_changes, slope_costs
 from qatapult.trainer.search.state import SearchState, open_state
 from qatapult.trainer.search.switching import SwitchingModel
 
+#: Estimates of sensitivity; each one's assignment is measured whole, so that the best one wins.
+MEASURES = ("fisher", "hessian", "learned")
 # Share of the time limit after which measuring single changes gives way to whole assignments.
 _MEASURING_SHARE = 0.7
 
@@ -44,7 +47,9 @@ class SearchSettings:
         trials: whole assignments that the refinement proposes.
         seconds: time limit of the whole search.
         fused: whether q/k/v and gate/up must agree.
-        measures: estimates to compute beside the measured divergence: `fisher`, `hessian`.
+        measures: estimates to compute beside the measured divergence: `fisher`, `hessian`, `learned`.
+        learning_steps: gradient steps of the measure `learned`.
+        latency: table of milliseconds by layer shape, for the budget `tokens_per_second`.
     """
 
     budgets: tuple[str, ...]
@@ -55,6 +60,7 @@ class SearchSettings:
     seconds: float = 600.0
     fused: bool = True
     measures: tuple[str, ...] = ("fisher", "hessian")
+    learning_steps: int = 24
     latency: Path | None = None
 
 
@@ -67,6 +73,7 @@ class SearchResult:
         divergence: measured KL of the choice and of the recipe's own grid, nats a token.
         costs: `[groups, candidates]`, change of the divergence that the program worked with.
         predicted: what the costs add up to for the choice.
+        rivals: measured divergence of the assignment that the program chooses by each measure alone.
         front: `(use of the first budget, measured or predicted divergence, measured?)` of other assignments.
     """
 
@@ -80,6 +87,7 @@ class SearchResult:
     predicted: float
     costs: NDArray[np.float64]
     estimates: dict[str, NDArray[np.float64]]
+    rivals: dict[str, float]
     front: list[tuple[float, float, bool]]
     measured_changes: int
     seconds: float
@@ -124,7 +132,7 @@ def search(recipe: Recipe, settings: SearchSettings, folder: Path, console: Cons
     reference_value = divergence.set_reference(reference)
     state.remember(reference, reference_value)
 
-    estimates = _estimate(divergence, reference, settings, state, console)
+    estimates = _estimate(divergence, reference, budgets, settings, state, console)
     measuring_deadline = started + _MEASURING_SHARE * (deadline - started)
     _measure(divergence, reference, estimates["slope"], budgets, state, console, measuring_deadline)
     costs = _costs(groups, candidates, reference, reference_value, estimates["slope"], state)
@@ -137,14 +145,14 @@ def search(recipe: Recipe, settings: SearchSettings, folder: Path, console: Cons
         return known
 
     planned = solve(costs, budgets)
-    measure(planned)
-    for other in _rivals(estimates, budgets):
+    rivals = {"divergence": measure(planned)}
+    for name, estimate in estimates.items():
         if time.monotonic() < deadline:
-            measure(other)
+            rivals[name] = measure(solve(estimate, budgets))
     with console.progress(settings.trials, "refining") as meter:
         refine(costs, budgets, measure, settings.trials, recipe.seed, deadline, meter.update)
     state.save()
-    return _result(groups, candidates, budgets, reference, reference_value, costs, estimates, state)
+    return _result(groups, candidates, budgets, reference, reference_value, costs, estimates, rivals, state)
 
 
 def _check(recipe: Recipe, settings: SearchSettings) -> None:
@@ -152,6 +160,9 @@ def _check(recipe: Recipe, settings: SearchSettings) -> None:
         raise UserError("a search needs a budget, such as --budget average_bits=4.25")
     for text in settings.budgets:
         parse_budget(text)
+    for name in settings.measures:
+        if name not in MEASURES:
+            raise UserError(f"--measures {name!r} is not one of {', '.join(MEASURES)}")
     if recipe.quantization.overrides:
         raise UserError(
             "quantization.overrides is set: a search writes that field; remove it from the recipe first"
@@ -181,6 +192,7 @@ def _question(
 def _estimate(
     divergence: Divergence,
     reference: list[int],
+    budgets: Sequence[Budget],
     settings: SearchSettings,
     state: SearchState,
     console: Console,
@@ -199,7 +211,10 @@ def _estimate(
         elif name == "hessian":
             found = hessian_costs(divergence)
         else:
-            raise UserError(f"measure {name!r} is not one of fisher, hessian")
+            with console.progress(settings.learning_steps, "learning") as meter:
+                found = learned_costs(
+                    divergence, reference, budgets, settings.learning_steps, on_progress=meter.update
+                )
         state.estimates[name] = found.tolist()
         state.save()
     return {name: np.array(state.estimates[name]) for name in ("slope", *settings.measures)}
@@ -255,11 +270,6 @@ def _costs(
     return np.where(np.isfinite(costs), costs, max(factor, 0.0) * slope)
 
 
-def _rivals(estimates: dict[str, NDArray[np.float64]], budgets: Sequence[Budget]) -> list[list[int]]:
-    """What the integer program chooses by each estimate alone: measured whole, so that the best one wins."""
-    return [solve(costs, budgets) for costs in estimates.values()]
-
-
 def _result(
     groups: list[Group],
     candidates: list[Candidate],
@@ -268,6 +278,7 @@ def _result(
     reference_value: float,
     costs: NDArray[np.float64],
     estimates: dict[str, NDArray[np.float64]],
+    rivals: dict[str, float],
     state: SearchState,
 ) -> SearchResult:
     def within(choice: list[int]) -> bool:
@@ -290,6 +301,7 @@ def _result(
         predicted=reference_value + float(costs[rows, best].sum()),
         costs=costs,
         estimates=estimates,
+        rivals=rivals,
         front=front,
         measured_changes=len(state.changes),
         seconds=state.seconds,

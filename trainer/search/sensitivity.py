@@ -46,7 +46,7 @@ def fisher_costs(divergence: Divergence, on_progress: Progress | None = None) ->
     generator = torch.Generator(device=divergence.text.device).manual_seed(0)
     layers = [layer for group in switching.groups for layer in group.layers]
     fisher = {layer: torch.zeros_like(switching.original(layer)) for layer in layers}
-    with _weights_of(switching) as weights:
+    with searched_weights(switching) as weights:
         for done, row in enumerate(divergence.text):
             logits = divergence.model(input_ids=row[None], use_cache=False).logits[0].float()
             labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
@@ -82,7 +82,7 @@ def hessian_costs(divergence: Divergence, samples: int = 4, on_progress: Progres
     switching.set([FULL_PRECISION] * len(switching.groups))
     generator = torch.Generator().manual_seed(0)
     trace = dict.fromkeys([layer for group in switching.groups for layer in group.layers], 0.0)
-    with _weights_of(switching) as weights, sdpa_kernel(SDPBackend.MATH):
+    with searched_weights(switching) as weights, sdpa_kernel(SDPBackend.MATH):
         for sample in range(samples):
             row = sample % len(divergence.text)
             loss = divergence.differentiable(slice(row, row + 1))
@@ -113,7 +113,7 @@ def slope_costs(divergence: Divergence, reference: Sequence[int]) -> Costs:
     """
     switching = divergence.switching
     switching.set(reference)
-    with _weights_of(switching) as weights:
+    with searched_weights(switching) as weights:
         total = [torch.zeros_like(weight) for weight in weights.values()]
         for row in range(len(divergence.text)):
             loss = divergence.differentiable(slice(row, row + 1))
@@ -159,8 +159,8 @@ def _per_choice(switching: SwitchingModel, cost: Callable[[str, Tensor], float])
 
 
 @contextmanager
-def _weights_of(switching: SwitchingModel) -> Iterator[dict[str, nn.Parameter]]:
-    """The searched weights, with gradients for them alone."""
+def searched_weights(switching: SwitchingModel) -> Iterator[dict[str, nn.Parameter]]:
+    """Within it the searched weights, by layer, have gradients, and no other parameter has."""
     wanted = {layer: switching.weight(layer) for group in switching.groups for layer in group.layers}
     before = {parameter: parameter.requires_grad for parameter in switching.model.parameters()}
     try:

@@ -72,6 +72,7 @@ def result_json(result: SearchResult) -> dict[str, Any]:
         },
         "front": [{"use": use, "divergence": value, "measured": seen} for use, value, seen in result.front],
         "rank_correlation": rank_correlations(result),
+        "divergence_by_measure": result.rivals,
         "measured_changes": result.measured_changes,
         "seconds": result.seconds,
     }
@@ -107,6 +108,8 @@ def print_result(result: SearchResult, console: Console, folder: Path) -> None:
     console.print(_table(result))
     agree = ", ".join(f"{name} {value:.2f}" for name, value in rank_correlations(result).items())
     console.print(f"Rank correlation with the measured gains: {agree}", style="dim", highlight=False)
+    alone = ", ".join(f"{name} {value:.4f}" for name, value in result.rivals.items())
+    console.print(f"KL of what each measure alone would choose: {alone}", style="dim", highlight=False)
     console.print(
         f"{result.measured_changes} single changes and {sum(seen for *_, seen in result.front)} whole "
         f"assignments measured in {result.seconds:.0f} s. In a recipe: extends: {folder / 'overrides.yaml'}",
@@ -137,7 +140,7 @@ def plot(result: SearchResult, path: Path) -> None:
     budget = result.budgets[0]
     figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
     axes.plot(*zip(*predicted, strict=True), color="grey", linestyle="--", label="predicted")
-    axes.scatter(*zip(*seen, strict=True), s=14, color="tab:blue", label="measured")
+    axes.plot(*zip(*seen, strict=True), marker=".", linestyle="", color="tab:blue", label="measured")
     front = [seen[index] for index in pareto(seen)]
     axes.step(*zip(*front, strict=True), where="post", color="tab:blue", label="measured front")
     x, y = [budget.used(result.choice)], [result.divergence]

@@ -13,6 +13,8 @@ from qatapult.trainer.search.groups import Group
 
 #: Choice that leaves a group in full precision, inputs included.
 FULL_PRECISION = -1
+#: What `choice` says of a group whose weights are a mixture of candidates.
+MIXED = -2
 
 
 class SwitchingModel:
@@ -59,6 +61,16 @@ class SwitchingModel:
         for index, (old, new) in enumerate(zip(self.choice, choice, strict=True)):
             if old != new:
                 self._switch(index, new)
+
+    @torch.no_grad()
+    def mix(self, index: int, shares: Sequence[float]) -> None:
+        """Give a group the mean of its weights on all grids, in these shares; inputs are quantized."""
+        for name in self.groups[index].layers:
+            weight = self.weight(name).data.zero_()
+            for candidate, share in enumerate(shares):
+                weight.add_(self.quantized(name, candidate), alpha=share)
+            self._quantizes_inputs[name] = True
+        self.choice[index] = MIXED
 
     def original(self, layer: str) -> Tensor:
         """Full-precision weight of a layer, `[N, K]`."""
