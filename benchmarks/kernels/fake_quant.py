@@ -13,6 +13,7 @@ is measured.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import json
 import statistics
@@ -306,6 +307,19 @@ def plot(rows: list[dict[str, object]], path: str, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed blocks of any size, as caching allocators do.
+
+    By default it maps large tensors anew each time, and in a virtual machine the page faults of the fresh
+    output take several times as long as everything that is to be measured.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1
+        libc.mallopt(mmap_threshold, largest)
+        libc.mallopt(trim_threshold, largest)
+
+
 def main() -> None:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -318,7 +332,12 @@ def main() -> None:
     parser.add_argument("--no-torchao", action="store_true")
     parser.add_argument("--json", help="file to write the rows to")
     parser.add_argument("--plot", help="picture to write")
+    parser.add_argument(
+        "--page-faults", action="store_true", help="CPU: let the C library return freed memory"
+    )
     options = parser.parse_args()
+    if not options.page_faults:
+        keep_freed_memory()
     rows = []
     for name in options.schemes.split(","):
         scheme = INT8 if name == "token" else Scheme(bits=4)
