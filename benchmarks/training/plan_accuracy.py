@@ -7,7 +7,6 @@ python benchmarks/training/plan_accuracy.py tables      # LLaMA-2-7B, 13B, 70B o
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qatapult.trainer.plan.accelerate_config import deepspeed_config
 from qatapult.trainer.plan.calibrate import run_probe
 from qatapult.trainer.plan.hardware import parse_cluster
 from qatapult.trainer.plan.memory import memory
@@ -23,6 +23,7 @@ from qatapult.trainer.plan.planner import make_plan
 from qatapult.trainer.plan.settings import Engine, Setting, Teacher
 from qatapult.trainer.plan.speed import SpeedAssumptions, step_time
 from qatapult.trainer.recipe.schema import Recipe
+from qatapult.trainer.run_folder import write_json
 
 
 @dataclass(frozen=True)
@@ -108,16 +109,9 @@ def environment(case: Case) -> dict[str, str]:
     """What Accelerate reads to choose the engine."""
     if not case.engine.startswith("zero"):
         return {"ACCELERATE_USE_CPU": "true"}
-    config = {
-        "train_micro_batch_size_per_gpu": case.blocks,
-        "gradient_accumulation_steps": "auto",
-        "gradient_clipping": "auto",
-        "zero_optimization": {"stage": int(case.engine[-1])},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
     file = Path(tempfile.mkdtemp()) / "deepspeed.json"
-    file.write_text(json.dumps(config), encoding="utf-8")
+    setting = Setting(case.engine, "none", False, case.blocks, case.teacher())
+    write_json(file, deepspeed_config(setting))
     return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
 
 
@@ -138,7 +132,7 @@ def brief_7b() -> tuple[str, float, float, str]:
 def efficientqat_70b() -> tuple[str, float, float, str]:
     """EfficientQAT, 70B on one A100-80GB: 41 h.
 
-    Block-wise: 4096 × 2048 tokens, 2 epochs, each block forward and backward, the teacher's block forward once;
+    Block-wise: 4096 × 2048 tokens, 2 epochs, each block forward and backward, the teacher's forward once;
     end to end on the scales: 4096 × 4096 tokens, forward, recomputed, backward to the inputs alone.
     """
     shape = shape_of(Recipe.model_validate({"name": "x", "model": {"source": "random:llama-2-70b"}}).model)
@@ -150,7 +144,7 @@ def efficientqat_70b() -> tuple[str, float, float, str]:
 
 
 def torchtune_8b() -> tuple[str, float, float, str]:
-    """torchtune's QAT of Llama-3-8B: 205.8 tokens/s a GPU. Its batch is not stated; here 2 × 512 tokens a GPU."""
+    """torchtune's QAT of Llama-3-8B: 205.8 tokens/s a GPU; its batch is not stated, here 2 × 512 tokens."""
     recipe = Recipe.model_validate(
         {
             "name": "x",
@@ -167,9 +161,9 @@ def torchtune_8b() -> tuple[str, float, float, str]:
 
 def print_tables() -> None:
     """The cheapest fitting setting of each engine for the LLaMA-2 family."""
-    print(
-        "| model | A100s | engine | teacher | recompute | batch | GB a GPU | s/step | tokens/s | hours / B tokens | cost |"
-    )
+    columns = ["model", "A100s", "engine", "teacher", "recompute", "batch", "GB a GPU"]
+    columns += ["s/step", "tokens/s", "hours / B tokens", "cost"]
+    print("| " + " | ".join(columns) + " |")
     print("|---|---:|---|---|---|---:|---:|---:|---:|---:|---:|")
     for model in ("llama-2-7b", "llama-2-13b", "llama-2-70b"):
         for nodes in (1, 8, 64):

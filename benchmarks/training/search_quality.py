@@ -1,10 +1,10 @@
 """Held-out perplexity of a search's assignment against random ones and hand rules of the same budget.
 
     qatapult search smollm2-135m-w4a8 --budget w8_fraction=0.05
-    python benchmarks/training/search_quality.py smollm2-135m-w4a8 searches/smollm2-135m-w4a8 [BLOCKS [RANDOM]]
+    python benchmarks/training/search_quality.py RECIPE searches/RECIPE [BLOCKS [RANDOM]]
 
-Everything is post-training, round-to-nearest. Hand rules put attention, or down projections, of some blocks on
-the candidate with the most bits: of the first, the last, or evenly spread blocks, as many as the budget holds.
+Everything is post-training, round-to-nearest. Hand rules put attention, or down projections, of some blocks
+on the candidate with the most bits: of the first, the last, or evenly spread blocks, while the budget lasts.
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from qatapult.trainer.cli import app
-from qatapult.trainer.plan.accelerate_config import accelerate_config
+from qatapult.trainer.plan.accelerate_config import accelerate_config, deepspeed_config
 from qatapult.trainer.plan.calibrate import calibrate
 from qatapult.trainer.plan.hardware import find_gpu, parse_cluster
 from qatapult.trainer.plan.memory import memory, saved_bytes_per_token
@@ -182,7 +183,9 @@ def test_config_names_the_engine(engine: str) -> None:
     config = accelerate_config(recipe(), parse_cluster("8xH100"), setting)
     if engine.startswith("zero"):
         assert config["distributed_type"] == "DEEPSPEED"
-        assert config["deepspeed_config"]["zero_stage"] == int(engine[-1])
+        assert deepspeed_config(setting)["zero_optimization"]["stage"] == int(engine[-1])
+        offloaded = deepspeed_config(replace(setting, offload="optimizer"))
+        assert offloaded["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     elif engine == "fsdp2":
         assert (config["distributed_type"], config["fsdp_config"]["fsdp_version"]) == ("FSDP", 2)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,17 @@ from qatapult.trainer.plan.hardware import Cluster
 from qatapult.trainer.plan.memory import compute_bytes
 from qatapult.trainer.plan.settings import Setting
 from qatapult.trainer.recipe.schema import Recipe
-from qatapult.trainer.run_folder import write_atomically
+from qatapult.trainer.run_folder import write_atomically, write_json
 
 
-def accelerate_config(recipe: Recipe, cluster: Cluster, setting: Setting) -> dict[str, Any]:
-    """Fields of the Accelerate config that runs a recipe in a setting on a cluster."""
+def accelerate_config(
+    recipe: Recipe, cluster: Cluster, setting: Setting, deepspeed_file: str = "deepspeed.json"
+) -> dict[str, Any]:
+    """Fields of the Accelerate config that runs a recipe in a setting on a cluster.
+
+    Args:
+        deepspeed_file: where `deepspeed_config` is written, for ZeRO.
+    """
     bf16 = compute_bytes(recipe, cluster) == 2 and recipe.qat.precision != "fp16"
     mixed = "bf16" if bf16 else ("fp16" if recipe.qat.precision == "fp16" else "no")
     config: dict[str, Any] = {
@@ -33,7 +41,9 @@ def accelerate_config(recipe: Recipe, cluster: Cluster, setting: Setting) -> dic
         "use_cpu": cluster.gpu.is_cpu,
     }
     if setting.engine.startswith("zero"):
-        config["deepspeed_config"] = _deepspeed(setting, cluster)
+        config["deepspeed_config"] = {"deepspeed_config_file": deepspeed_file, "zero3_init_flag": False}
+        if cluster.nodes > 1:
+            config["deepspeed_config"]["deepspeed_multinode_launcher"] = "standard"
         config.pop("use_cpu")
     if setting.engine == "fsdp2":
         config["fsdp_config"] = _fsdp(setting)
@@ -49,7 +59,8 @@ def recipe_overrides(setting: Setting) -> list[str]:
 
 
 def write_accelerate_config(path: Path, recipe: Recipe, cluster: Cluster, setting: Setting) -> None:
-    """Write the config, with the command that uses it on its first lines."""
+    """Write the config, headed by the command that uses it; for ZeRO, DeepSpeed's JSON goes beside it."""
+    beside = path.with_suffix(".deepspeed.json")
     overrides = " ".join(recipe_overrides(setting))
     header = (
         f"# {cluster.describe()}, {setting.name}, written by `qatapult plan` for the recipe {recipe.name}.\n"
@@ -57,7 +68,9 @@ def write_accelerate_config(path: Path, recipe: Recipe, cluster: Cluster, settin
     )
     if cluster.nodes > 1:
         header += "# On every node: --machine_rank N --main_process_ip HOST --main_process_port PORT\n"
-    body = yaml.safe_dump(accelerate_config(recipe, cluster, setting), sort_keys=True)
+    if setting.engine.startswith("zero"):
+        write_json(beside, deepspeed_config(setting))
+    body = yaml.safe_dump(accelerate_config(recipe, cluster, setting, str(beside)), sort_keys=True)
     write_atomically(path, header + body)
 
 
@@ -71,18 +84,16 @@ def _distributed_type(setting: Setting, cluster: Cluster) -> str:
     return "NO"
 
 
-def _deepspeed(setting: Setting, cluster: Cluster) -> dict[str, Any]:
-    stage = int(setting.engine.removeprefix("zero"))
-    config: dict[str, Any] = {
-        "zero_stage": stage,
-        "offload_optimizer_device": "none" if setting.offload == "none" else "cpu",
-        "offload_param_device": "cpu" if setting.offload == "parameters" else "none",
-        "zero3_init_flag": False,
-        "zero3_save_16bit_model": stage == 3,
-        "gradient_clipping": "auto",
-    }
-    if cluster.nodes > 1:
-        config["deepspeed_multinode_launcher"] = "standard"
+def deepspeed_config(setting: Setting) -> dict[str, Any]:
+    """The shipped DeepSpeed config of a ZeRO stage, with the setting's offloading."""
+    stage = setting.engine.removeprefix("zero")
+    shipped = files("qatapult.configs") / "deepspeed" / f"zero{stage}.json"
+    config: dict[str, Any] = json.loads(shipped.read_text(encoding="utf-8"))
+    if setting.offload != "none":
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        config["zero_force_ds_cpu_optimizer"] = True
+    if setting.offload == "parameters":
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
     return config
 
 

@@ -29,7 +29,7 @@ class Assumptions:
         fragmentation: share of the allocator's memory that is lost between blocks.
         loss_budget_gpu: bytes of logits that the fused loss holds at a time, student and teacher together.
         loss_budget_cpu: likewise on a CPU.
-        bucket: communication bucket of DDP and ZeRO.
+        bucket: elements of a reduction bucket of ZeRO (`configs/deepspeed/`); with overlap there are two.
         prefetched_blocks: gathered blocks that FSDP2 or ZeRO-3 hold at a time.
         saved_scale: factor on activations, from calibration.
     """
@@ -39,7 +39,7 @@ class Assumptions:
     fragmentation: float = 0.03
     loss_budget_gpu: float = 1280 * 2**20
     loss_budget_cpu: float = 96 * 2**20
-    bucket: float = 25e6
+    bucket: float = 2e8
     prefetched_blocks: int = 2
     saved_scale: float = 1.0
 
@@ -143,14 +143,14 @@ def memory(
 
 
 def weight_bytes(setting: Setting, compute: int) -> int:
-    """Bytes of a stored weight: bf16 in DeepSpeed (its fp32 copy counts as optimizer state), else fp32."""
-    return 2 if setting.engine.startswith("zero") and compute == 2 else FP32
+    """Bytes of a stored weight and of its gradient: DeepSpeed's have the compute dtype, others are fp32."""
+    return compute if setting.engine.startswith("zero") else FP32
 
 
 def _training_state(recipe: Recipe, cluster: Cluster, setting: Setting, trained: int) -> tuple[float, float]:
-    """Bytes of a rank's gradients and of its optimizer states."""
+    """Bytes of a rank's gradients and optimizer states; DeepSpeed's hold an fp32 copy of the weights."""
     stored = weight_bytes(setting, compute_bytes(recipe, cluster))
-    state = 8 if stored == FP32 else 12
+    state = 12 if setting.engine.startswith("zero") else 8
     gradients = stored * trained / (cluster.world if setting.shards_gradients else 1)
     return gradients, state * trained / (cluster.world if setting.shards_optimizer else 1)
 
@@ -242,12 +242,15 @@ def _loss(recipe: Recipe, shape: ModelShape, cluster: Cluster, setting: Setting,
 def _communication(
     shape: ModelShape, setting: Setting, trained: int, p: int, c: int, given: Assumptions
 ) -> float:
+    """Buffers of collectives; DeepSpeed's two reduction buckets are never more than the gradients."""
     if p == 1 and setting.offload == "none":
         return 0.0
     if setting.engine == "ddp":
         return FP32 * trained  # the buckets are a copy of all gradients
+    buckets = 2 * weight_bytes(setting, c) * min(given.bucket, trained)
     if setting.shards_weights:
         gathered = given.prefetched_blocks * c * shape.block_parameters
         whole = c * shape.head_parameters  # embeddings or head, gathered for the loss
-        return gathered + whole + FP32 * shape.block_parameters
-    return 2 * given.bucket * FP32
+        reduced = FP32 * shape.block_parameters if setting.engine == "fsdp2" else buckets
+        return gathered + whole + reduced
+    return buckets

@@ -1,7 +1,7 @@
 """A few real optimizer steps in a process of their own: seconds and peak memory, to check and refine plans.
 
-`python -m qatapult.trainer.plan.probe RECIPE.yaml STEPS RESULT.json`, also under `accelerate launch` or torchrun:
-the engine is the launcher's, as in training. Text is random tokens, so that nothing but the model is loaded.
+`python -m qatapult.trainer.plan.probe RECIPE.yaml STEPS RESULT.json`, also under `accelerate launch`: the
+engine is the launcher's, as in training. Text is random tokens, so that nothing but the model is loaded.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def probe(recipe: Recipe, steps: int) -> dict[str, Any]:
     teacher = None
     if recipe.qat.distillation.kind != "none":
         dtype = torch.bfloat16 if multiplies_bf16(device) else torch.float32
-        teacher = InProcessTeacher(load_model(recipe.model, dtype).to(device))
+        teacher = InProcessTeacher(load_model(recipe.model, dtype).to(device), accelerator)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             accelerator,
