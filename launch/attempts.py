@@ -69,8 +69,15 @@ def begin(launch: LaunchFolder, attempt: str, where: str, ranks: int) -> Verdict
     return Verdict(EXIT_GO_ON, "running", f"attempt {attempt} begins")
 
 
-def end(launch: LaunchFolder, attempt: str, status: int, notice: str) -> Verdict:
-    """Record how an attempt ended and decide whether another one follows."""
+def end(launch: LaunchFolder, attempt: str, status: int | None, notice: str) -> Verdict:
+    """Record how an attempt ended and decide whether another one follows.
+
+    Args:
+        launch: of the run.
+        attempt: its name.
+        status: of the ranks' launcher; None where nobody saw it end.
+        notice: the signal that the batch script had: `USR1`, `TERM`, `LIMIT`, or nothing.
+    """
     last = last_begin(launch.read_attempts())
     if last is None or last["attempt"] != attempt:
         # This is the script of an orphan: Slurm gave it up, and the run belongs to a later attempt.
@@ -137,7 +144,7 @@ def write_outcome(launch: LaunchFolder, attempt: str, rank: int, code: int, reas
     write_json(launch.outcome(attempt, rank), {"code": code, "rank": rank, "reason": reason})
 
 
-def _judge(launch: LaunchFolder, begun: dict[str, Any], status: int, notice: str) -> tuple[str, str]:
+def _judge(launch: LaunchFolder, begun: dict[str, Any], status: int | None, notice: str) -> tuple[str, str]:
     run, attempt = launch.run, begun["attempt"]
     if run.stage("report").exists():
         return FINISHED, "the report is written"
@@ -160,6 +167,8 @@ def _judge(launch: LaunchFolder, begun: dict[str, Any], status: int, notice: str
         return PREEMPTED, "told to stop by SIGTERM"
     if failed:
         return FAILED, _first_error(failed)
+    if status is None:
+        return DIED, f"attempt {attempt} ended without a word: it was killed, or the machine went down"
     return FAILED, f"the ranks ended with status {status} and left no word; see the job's log"
 
 

@@ -161,14 +161,12 @@ class Queue:
         entry = read_entry(launch)
         if entry is None or not entry.pid:
             return False
-        child = self._children.get(launch.run.path)
-        status = child.poll() if child is not None else None
-        if entry.alive and status is None:
+        if entry.alive:
             self._kill_if_cancelled_long_ago(launch, entry)
             return True
-        self._children.pop(launch.run.path, None)
-        # A child of an earlier queue process: how it ended, its ranks have left in the run folder.
-        verdict = attempts.end(launch, entry.attempt, -1 if status is None else status, "")
+        # A child of an earlier queue process has no status: what is known, its ranks left in the run folder.
+        child = self._children.pop(launch.run.path, None)
+        verdict = attempts.end(launch, entry.attempt, child.wait() if child is not None else None, "")
         _say(f"{launch.run.name}: {verdict.how}: {verdict.reason}")
         _write(launch, Entry(queued=verdict.exit_status == EXIT_REQUEUE))
         return False

@@ -225,6 +225,7 @@ def test_cancel_checkpoints_and_does_not_come_back_until_resumed(cluster: Cluste
 
 @pytest.mark.slow
 def test_a_dead_node_brings_the_job_back(cluster: Cluster, whole: str) -> None:
+    cluster.wait(whole, "finished")
     cluster.submit("survivor", "qat.checkpoints.every_tokens=1280")
     cluster.until(lambda: list((cluster.runs / "survivor" / "checkpoints").glob("step-*")), "a checkpoint")
     cluster.call(MINI_SLURM, "kill-node", 2)
@@ -232,7 +233,6 @@ def test_a_dead_node_brings_the_job_back(cluster: Cluster, whole: str) -> None:
     cluster.call(MINI_SLURM, "start-node", 2)
     found = cluster.wait("survivor", "finished", "failed")
     assert [line["how"] for line in found["history"] if line["event"] == "end"] == ["died", "finished"]
-    cluster.wait(whole, "finished")
     assert cluster.losses("survivor") == cluster.losses(whole)
 
 
