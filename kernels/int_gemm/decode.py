@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from qatapult.kernels.common.backend import backend_for
 from qatapult.kernels.common.cpp import load
+from qatapult.kernels.common.launches import record
 from qatapult.kernels.fake_quant import cpu
 from qatapult.kernels.fake_quant.spec import Grid, RangeRule
 from qatapult.kernels.scheme import Scheme
@@ -54,6 +55,7 @@ def decode_product(codes: Tensor, token_scale: Tensor, weight: Tensor, scale: Te
     library = _library()
     if library is None:
         raise RuntimeError("the compiled path was called where it is not available")
+    record("integer")
     (tokens, features), (rows, groups) = codes.shape, scale.shape
     y = torch.empty((tokens, rows), dtype=torch.float32)
     tensors = (codes.contiguous(), token_scale.contiguous(), weight, scale.contiguous(), y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from qatapult.kernels.common.launches import record
 from qatapult.kernels.fake_quant.dynamic import quantize_dynamic
 from qatapult.kernels.scheme import Scheme
 from torch import Tensor
@@ -181,12 +182,15 @@ def _packed_product(
         from .tiles import TileLayout
 
         tiles = TileLayout(bits, width)
+        record("float" if token_scale is None else "integer")
         return packed_product_triton(codes, token_scale, operand, scale, shift, bias, tiles, half, dtype)
     if token_scale is None:
+        record("float")
         product = linear(codes.to(operand.dtype), operand)
     elif few is not None and few_scale is not None and suits(codes.shape[0], few_scale):
         product = decode_product(codes, token_scale, few, few_scale)
     else:
+        record("integer")
         product = integer_linear_cpu(codes, token_scale, operand, scale, shift, _layout(layout), width)
     if bias is not None:
         product = product + bias.float()

@@ -241,8 +241,13 @@ def packed_gemm(  # type: ignore[no-untyped-def]
         tl.debug_barrier()
         if tl.atomic_add(counter + i_block, 1, sem="acq_rel") == SPLIT - 1:
             total = tl.load(p_part, mask=in_m, other=0, cache_modifier=".cg")
-            for i in tl.static_range(1, SPLIT):
-                total += tl.load(p_part + i * BLOCK_M * BLOCK_N, mask=in_m, other=0, cache_modifier=".cg")
+            # Small blocks are all loaded at once; large ones would not fit the registers.
+            if BLOCK_M <= 32:
+                for i in tl.static_range(1, SPLIT):
+                    total += tl.load(p_part + i * BLOCK_M * BLOCK_N, mask=in_m, other=0, cache_modifier=".cg")
+            else:
+                for i in tl.range(1, SPLIT, num_stages=1):
+                    total += tl.load(p_part + i * BLOCK_M * BLOCK_N, mask=in_m, other=0, cache_modifier=".cg")
             tl.store(counter + i_block, 0)
             _finish(
                 total, y, token_scale, scale, shift, row_sum, bias, o_n, o_m, M, N,
