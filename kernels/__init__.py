@@ -22,6 +22,7 @@ _PUBLIC = {
     "quantize_dynamic": "fake_quant.dynamic",
     "scale_from_clip": "ranges",
     "unpack": "packing",
+    "count_products": "common.launches",
     "use_backend": "common.backend",
     "int_matmul": "int_gemm.op",
     "quantize_activations": "int_gemm.op",

@@ -53,7 +53,7 @@ def generate(
     ids = _prompt_ids(models, prompt)
     loaded = models.load(model)
     sampling = Sampling(tokens, temperature, top_p, seed)
-    with counting(loaded, watch=False) as kernels:
+    with counting(loaded) as kernels:
         written = _write(models, loaded, model, ids, sampling, show=not as_json)
     if as_json:
         facts = dataclasses.asdict(written) | {"tokens_per_second": written.tokens_per_second}
@@ -138,5 +138,6 @@ def _figures(written: Generated, kernels: dict[str, Any]) -> str:
     ran = ", ".join(f"{count} of {total} linears ran {kind}" for kind, count in kernels["by_kind"].items())
     return (
         f"{written.prompt_tokens} + {written.tokens} tokens, first after {written.prefill_seconds:.2f} s, "
-        f"then {written.tokens_per_second:.1f} tok/s; KV cache {written.cache_bytes:,} bytes{'; ' + ran if ran else ''}"
+        f"then {written.tokens_per_second:.1f} tok/s; KV cache {written.cache_bytes:,} bytes"
+        f"{'; ' + ran if ran else ''}"
     )
