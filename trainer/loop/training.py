@@ -102,6 +102,8 @@ class Trainer:
         self.tokens_per_step = self.plan.blocks_per_step * recipe.data.block_size
         self.steps = max(1, -(-self.qat.tokens // self.tokens_per_step))
         select_trainable(model, self.qat.trainable)
+        if self.qat.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = build_optimizer(model, recipe, self.steps)
         self.state = TrainerState(peak_rates=[group["lr"] for group in optimizer.param_groups])
         student = Student(model, self.qat.distillation)
