@@ -34,7 +34,7 @@ def model_folder(study: Study, size: str, runs: Path, model: str) -> Path:
 
 
 def plan_runs(study: Study, size: str, runs: Path) -> list[PlannedRun]:
-    """All runs of a study in the order of its cells.
+    """All runs of a study: every cell with its first seed, then with the next, so that the table fills early.
 
     Args:
         study: the study.
@@ -45,12 +45,16 @@ def plan_runs(study: Study, size: str, runs: Path) -> list[PlannedRun]:
         UserError: if a cell is not a sensible recipe, or the study has no such size.
     """
     chosen = study.size(size)
+    pairs = [
+        (number, seed, cell)
+        for cell in study.chosen(size)
+        for number, seed in enumerate(cell.seeds or chosen.seeds)
+    ]
     planned = []
-    for cell in study.chosen(size):
-        for seed in cell.seeds or chosen.seeds:
-            own = [f"name={study.name}-{size}-{cell.name}-s{seed}", f"seed={seed}"]
-            if cell.model is not None:
-                own.append(f"model.source={model_folder(study, size, runs, cell.model).absolute()}")
-            overrides = [*study.overrides, *chosen.overrides, *cell.overrides, *own]
-            planned.append(PlannedRun(cell, seed, load_recipe(study.recipe, overrides)))
+    for _, seed, cell in sorted(pairs, key=lambda pair: pair[0]):
+        own = [f"name={study.name}-{size}-{cell.name}-s{seed}", f"seed={seed}"]
+        if cell.model is not None:
+            own.append(f"model.source={model_folder(study, size, runs, cell.model).absolute()}")
+        overrides = [*study.overrides, *chosen.overrides, *cell.overrides, *own]
+        planned.append(PlannedRun(cell, seed, load_recipe(study.recipe, overrides)))
     return planned
