@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 # Columns whose error is applied to the rest of the matrix in one product.
 _BLOCK = 128
 _MAX_DAMPING_RAISES = 4
-# Damping for each feature that stands against one token. A Hessian of 4096 tokens for 1536 features believes in
-# correlations by chance: with this, the error on other text fell by a quarter (docs/methods.md), and with many
-# tokens it is nothing.
+# Damping for each feature that stands against one token. A Hessian of 4096 tokens for 1536 features believes
+# in correlations by chance: with this, the error on other text fell by a quarter (docs/methods.md), and with
+# many tokens it is nothing.
 _DAMPING_FOR_FEW_TOKENS = 0.1
 # Share of a step that a kept weight stays away from the border between two codes.
 _BORDER = 1e-3
