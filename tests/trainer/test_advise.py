@@ -150,6 +150,14 @@ def test_measured_runs_count_and_are_labelled(tmp_path: Path) -> None:
     found = measured([tmp_path])
     assert [item.recovery for item in found] == [0.8, 0.9]
     assert {item.kind for item in found} == {"measured"}
+    study = tmp_path / "study"
+    study.mkdir()
+    cells = [
+        {"label": "W4A8", "recovery": 0.7, "quantization": quantization},
+        {"label": "not run", "quantization": None},
+    ]
+    (study / "bits.json").write_text(json.dumps(cells))
+    assert [item.work for item in measured([study])] == ["study bits: W4A8"]
     expectation = expect(4, 8, [*found, *published()])
     assert expectation is not None
     assert "2 measured" in expectation.note

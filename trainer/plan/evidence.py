@@ -67,31 +67,49 @@ def published() -> list[Evidence]:
 
 
 def measured(folders: Sequence[Path]) -> list[Evidence]:
-    """Recoveries from `report.json` files below these folders: finished runs and kept studies.
+    """Recoveries from `report.json` of finished runs and from the figures of studies below these folders.
 
-    A report without a recovery (nothing was lost, or training was left out) is no evidence and is skipped.
+    What has no recovery (nothing was lost, or training was left out) is no evidence and is skipped.
     """
     found = []
     for folder in folders:
-        for file in sorted(folder.rglob("report.json")):
-            report = json.loads(file.read_text(encoding="utf-8"))
-            metric = report.get("metrics", {}).get("perplexity", {})
-            weights = _bits(report, "weights")
-            if metric.get("recovery") is None or weights is None:
-                continue
-            found.append(
-                Evidence(
-                    "measured",
-                    str(report.get("name", file.parent.name)),
-                    weights,
-                    _bits(report, "activations") or 16,
-                    "perplexity, packed model",
-                    float(metric["recovery"]),
-                    str(file),
-                    bool(report["recipe"]["quantization"].get("overrides")),
-                )
-            )
+        for file in sorted(folder.rglob("*.json")):
+            if file.name == "report.json":
+                report = json.loads(file.read_text(encoding="utf-8"))
+                recovery = report.get("metrics", {}).get("perplexity", {}).get("recovery")
+                quantization = report.get("recipe", {}).get("quantization")
+                found += _evidence(str(report.get("name", file.parent.name)), recovery, quantization, file)
+            elif folder.name == "study":
+                for cell in _study_cells(file):
+                    name = f"study {file.stem}: {cell.get('label')}"
+                    found += _evidence(name, cell.get("recovery"), cell.get("quantization"), file)
     return found
+
+
+def _study_cells(file: Path) -> list[dict[str, Any]]:
+    cells = json.loads(file.read_text(encoding="utf-8"))
+    return [cell for cell in cells if isinstance(cell, dict)] if isinstance(cells, list) else []
+
+
+def _evidence(
+    work: str, recovery: float | None, quantization: dict[str, Any] | None, file: Path
+) -> list[Evidence]:
+    """One piece, or none where the recovery or the weights' grid is missing."""
+    if recovery is None or not quantization or not quantization.get("weights"):
+        return []
+    activations = quantization.get("activations")
+    return [
+        Evidence(
+            "measured",
+            work,
+            float(quantization["weights"]["bits"]),
+            float(activations["bits"]) if activations else 16,
+            "perplexity, packed model",
+            float(recovery),
+            str(file),
+            bool(quantization.get("overrides")),
+        )
+    ]
 
 
 def expect(
@@ -139,8 +157,3 @@ def facts() -> dict[str, Any]:
     text = (files("qatapult.configs") / "evidence.yaml").read_text(encoding="utf-8")
     loaded: dict[str, Any] = yaml.safe_load(text)
     return loaded
-
-
-def _bits(report: dict[str, Any], tensor: str) -> float | None:
-    grid = report.get("recipe", {}).get("quantization", {}).get(tensor)
-    return float(grid["bits"]) if grid else None

@@ -152,6 +152,7 @@ def figures(result: CellResult) -> dict[str, Any]:
         "name": result.cell.name,
         "label": result.cell.label,
         "seeds": len(result.reports),
+        "quantization": result.reports[0]["recipe"]["quantization"] if result.reports else None,
         **{key: figure.value for key, figure in shown.items()},
         **{f"{key}_interval": figure.interval for key, figure in shown.items() if figure.interval},
         "methods": {name: result.method(name) for report in result.reports[:1] for name in _methods(report)},
