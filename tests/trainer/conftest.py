@@ -226,7 +226,8 @@ def stage_results(points: int, packed: float) -> dict[str, dict[str, Any]]:
         }
         for i, name in enumerate(names)
     ]
-    ptq = {"rtn": judged(30.87, 0.62, 0.1), "gptq": judged(19.99, 0.74, 0.05)}
+    rounded = {name: {"scale": 0.02, "error": 0.1 + 0.01 * i} for i, name in enumerate(names)}
+    ptq = {"rtn": judged(30.87, 0.62, 0.1, rounding=rounded), "gptq": judged(19.99, 0.74, 0.05)}
     steps = range(0, points + 1, max(points // 8, 1))
     curve = [
         {"step": s, "tokens": s * 1024, "perplexity": packed + 3.5 * math.exp(-5 * s / points)} for s in steps
@@ -240,7 +241,7 @@ def stage_results(points: int, packed: float) -> dict[str, dict[str, Any]]:
             control=judged(14.9, 0.82),
         ),
         "packed": judged(
-            packed + 0.01, 0.785, bytes=110_000_000,
+            packed + 0.01, 0.785, bytes=110_000_000, rounding=rounded,
             parity={"codes_equal": True, "sqnr_db": 61.2, "top1_agreement": 0.998, "layers": layers},
             kernels={"linears": 8, "integer": 8, "by_kind": {"int4 × int8": 8}},
         ),

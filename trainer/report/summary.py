@@ -30,10 +30,6 @@ def summarize(run: RunFolder) -> dict[str, Any]:
     report = summarize_stages(run.name, stages, recipe, environment)
     insight = _json(run.path / "insight.json")
     report["insight"] = insight or None
-    inside = {layer["name"]: layer for layer in (insight.get("weights") or {}).get("layers", ())}
-    keys = ("scale", "error_before", "error_after")
-    for layer in report["layers"]:
-        layer.update({key: inside[layer["name"]][key] for key in keys if layer["name"] in inside})
     return report
 
 
@@ -45,7 +41,7 @@ def summarize_stages(
     format_name = describe_format(recipe.get("quantization", {}))
     metrics = _metrics(stages, int(recipe.get("evaluation", {}).get("bootstrap", 1000)))
     parity = dict(packed.get("parity") or {})
-    layers = parity.pop("layers", [])
+    layers = _layers(parity.pop("layers", []), stages)
     return {
         "name": name,
         "headline": headline(metrics.get("perplexity", {}), format_name, stages),
@@ -119,6 +115,21 @@ def headline(metric: Mapping[str, Any], format_name: str, stages: Mapping[str, S
 
 def _json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def _layers(parity: list[dict[str, Any]], stages: Mapping[str, Stage]) -> list[dict[str, Any]]:
+    """Layers of the packed model: parity, mean scale, rounding errors of PTQ and after training."""
+    before = stages.get("ptq", {}).get("methods", {}).get("rtn", {}).get("rounding") or {}
+    after = stages.get("packed", {}).get("rounding") or {}
+    return [
+        {
+            **layer,
+            "scale": after.get(layer["name"], {}).get("scale"),
+            "error_before": before.get(layer["name"], {}).get("error"),
+            "error_after": after.get(layer["name"], {}).get("error"),
+        }
+        for layer in parity
+    ]
 
 
 def _metrics(stages: Mapping[str, Stage], resamples: int) -> dict[str, dict[str, Any]]:

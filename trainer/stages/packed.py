@@ -7,6 +7,7 @@ from typing import Any
 from qatapult.trainer.context import Context
 from qatapult.trainer.evaluate.kernels import counting
 from qatapult.trainer.evaluate.parity import compare, shortfall
+from qatapult.trainer.insight.rounding import rounding
 from qatapult.trainer.quantize.convert import convert, packed_layers
 from qatapult.trainer.stages.qat import load_trained
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ def run(context: Context) -> dict[str, Any]:
     trained = load_trained(context)
     packed = convert(trained)
     parity = compare(trained, packed, context.data.held_out[:_PARITY_BLOCKS].to(context.device))
+    rounded = rounding(trained)
     del trained
     short = shortfall(parity)
     if short is not None:
@@ -33,6 +35,7 @@ def run(context: Context) -> dict[str, Any]:
         "losses": result.losses,
         **judged,
         "parity": parity,
+        "rounding": rounded,
         "kernels": kernels,
         "bytes": model_bytes(packed),
         "cost": meter.cost(result.tokens),
