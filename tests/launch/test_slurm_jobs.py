@@ -229,7 +229,13 @@ def test_a_dead_node_brings_the_job_back(cluster: Cluster, whole: str) -> None:
     cluster.submit("survivor", "qat.checkpoints.every_tokens=1280")
     cluster.until(lambda: list((cluster.runs / "survivor" / "checkpoints").glob("step-*")), "a checkpoint")
     cluster.call(MINI_SLURM, "kill-node", 2)
-    cluster.until(lambda: cluster.state("survivor")["state"] == "requeued", "requeue", every=1.0)
+
+    def waits_for_a_node() -> bool:
+        """Not only requeued: Slurm has also cleaned up after the old attempt, as while a node boots."""
+        now = cluster.state("survivor")
+        return now["state"] == "requeued" and now["reason"] not in ("", "BeginTime")
+
+    cluster.until(waits_for_a_node, "requeue", every=1.0)
     cluster.call(MINI_SLURM, "start-node", 2)
     found = cluster.wait("survivor", "finished", "failed")
     assert [line["how"] for line in found["history"] if line["event"] == "end"] == ["died", "finished"]
