@@ -57,7 +57,7 @@ def print_plan(plan: Plan, console: Console, everything: bool = False) -> None:
     cluster, shape = plan.cluster, plan.shape
     steps = plan.recipe.qat.tokens / step_tokens(plan.recipe, cluster)
     price = f"${cluster.price:.2f} a GPU-hour" + (
-        " (default: give yours with --price)" * cluster.price_is_default
+        " (default: give yours with --price)" * (cluster.price_is_default and not cluster.gpu.is_cpu)
     )
     console.print(
         f"{plan.recipe.name}: {plan.recipe.model.source}, {shape.parameters / 1e9:.3g} B weights, on "
