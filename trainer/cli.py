@@ -14,6 +14,7 @@ from qatapult.trainer.recipe.errors import EXIT_STATUS, UserError
 COMMAND_MODULES = (
     "qatapult.trainer.commands.train",
     "qatapult.trainer.commands.recipe",
+    "qatapult.trainer.commands.teacher",
     "qatapult.trainer.commands.plan",
     "qatapult.trainer.commands.advise",
     "qatapult.trainer.commands.search",

@@ -17,6 +17,7 @@ def register(app: typer.Typer) -> None:
     group.command("show")(show)
     group.command("check")(check)
     group.command("list")(list_shipped)
+    group.command("shapes")(list_shapes)
     app.add_typer(group, name="recipe")
 
 
@@ -54,3 +55,15 @@ def list_shipped() -> None:
 
     for name in shipped_recipes():
         typer.echo(name)
+
+
+def list_shapes() -> None:
+    """List the shapes of `random:SHAPE` models.
+
+    Example: qatapult recipe shapes
+    """
+    from qatapult.trainer.shapes import RANDOM_SHAPES
+
+    for name, shape in RANDOM_SHAPES.items():
+        size = f"{shape['num_hidden_layers']} layers, hidden {shape['hidden_size']}, vocabulary {shape['vocab_size']}"
+        typer.echo(f"{name:<14} {size}")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs, PartialState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from qatapult.trainer.distill.student import Student
 from qatapult.trainer.distill.teacher import zero_stage
+from qatapult.trainer.quantize.prepare import quant_layers
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Qat, Recipe
 
@@ -66,6 +69,15 @@ def micro_batches(recipe: Recipe, world_size: int) -> int:
     """Forward and backward passes of one optimizer step on each process."""
     own = -(-blocks_per_step(recipe) // world_size)
     return -(-own // recipe.qat.batch_size)
+
+
+def configure_forward(model: PreTrainedModel, qat: Qat) -> None:
+    """Gradient checkpointing, and which products the quantized layers compute."""
+    if qat.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    modes: dict[bool | str, Literal["auto", "integer", "fake"]] = {True: "integer", False: "fake", "auto": "auto"}
+    for layer in quant_layers(model).values():
+        layer.integer_forward = modes[qat.integer_forward]
 
 
 def prepare_student(

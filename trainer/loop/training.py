@@ -24,6 +24,7 @@ from qatapult.trainer.loop.checkpoint import (
 )
 from qatapult.trainer.loop.engine import (
     blocks_per_step,
+    configure_forward,
     gradient_norm,
     local_tensors,
     prepare_student,
@@ -34,6 +35,7 @@ from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.optimizer import build_optimizer, grid_scales, select_trainable
 from qatapult.trainer.loop.quantization_schedule import apply_schedule
 from qatapult.trainer.loop.schedules import rate_factor
+from qatapult.trainer.loop.watchdog import Watchdog
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Recipe
 from torch import Tensor
@@ -102,6 +104,7 @@ class Trainer:
         self.tokens_per_step = self.plan.blocks_per_step * recipe.data.block_size
         self.steps = max(1, -(-self.qat.tokens // self.tokens_per_step))
         select_trainable(model, self.qat.trainable)
+        configure_forward(model, self.qat)
         if self.qat.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = build_optimizer(model, recipe, self.steps)
@@ -122,9 +125,11 @@ class Trainer:
         self._resume()
         with (
             InterruptFlag() as flag,
+            Watchdog(self.qat.guards.hang_timeout, self.plan.rank) as watchdog,
             self.console.progress(self.steps * self.tokens_per_step, "qat") as meter,
         ):
             while self.state.step < self.steps and not self._stop_early():
+                watchdog.beat()
                 started = time.perf_counter()
                 result = self._step()
                 seconds = time.perf_counter() - started

@@ -215,8 +215,6 @@ class Distillation(Section):
     temperature: float = Field(1.0, gt=0, description="Softens both distributions.")
     beta: Fraction = Field(0.5, description="Mixing weight of the generalized Jensen-Shannon divergence.")
     cross_entropy: Fraction = Field(0.0, description="Weight of the next-token loss mixed in.")
-    hidden_states: float = Field(0.0, ge=0, description="Weight of the hidden-state loss between layer pairs.")
-    attention: float = Field(0.0, ge=0, description="Weight of the attention-map loss between layer pairs.")
     teacher: str | None = Field(
         None, description="Another model to distil from (same tokenizer); by default the full-precision model."
     )
@@ -341,6 +339,35 @@ class Tracking(Section):
     upload_checkpoint: bool = Field(False, description="Store the exported checkpoint as a wandb artifact.")
 
 
+def check_combination(recipe: Recipe) -> None:
+    """Refuse methods and grids that do not go together.
+
+    Raises:
+        ValueError: naming the fields and what would be right.
+    """
+    qat, weights, activations = recipe.qat, recipe.quantization.weights, recipe.quantization.activations
+    needed_bits = {"ternary": 1.58, "binary": 1}.get(qat.method)
+    if needed_bits and (weights is None or weights.bits != needed_bits):
+        raise ValueError(f"qat.method '{qat.method}' needs quantization.weights.bits={needed_bits}")
+    if weights is not None and weights.bits == 1 and qat.method not in ("binary", "seq"):
+        raise ValueError(f"qat.method '{qat.method}' does not train 1-bit weights; use 'binary'")
+    if qat.method == "lsq+" and (weights is None or weights.symmetric):
+        raise ValueError("qat.method 'lsq+' learns zero points; set quantization.weights.symmetric=false")
+    if qat.method == "seq" and (weights is None or weights.grid != "stretched"):
+        raise ValueError("qat.method 'seq' needs quantization.weights.grid=stretched (2 bits and fewer)")
+    if qat.method == "pact" and activations is None:
+        raise ValueError("qat.method 'pact' learns activation clips; set quantization.activations")
+    if qat.method in ("minmax", "ternary") and qat.trainable == "scales":
+        raise ValueError(f"qat.trainable 'scales' does not go with qat.method '{qat.method}', which learns none")
+    phases = qat.schedule.phases
+    if phases and weights is not None and phases[-1].weights.scheme != weights.scheme:
+        raise ValueError("qat.schedule.phases must end at quantization.weights, the grid that is deployed")
+    if phases and any(p.weights.group_size != phases[-1].weights.group_size for p in phases):
+        raise ValueError("qat.schedule.phases must keep one granularity: learned scales keep their shape")
+    if qat.distillation.kind == "none" and (qat.distillation.cache or qat.distillation.teacher):
+        raise ValueError("qat.distillation.kind 'none' uses no teacher; remove teacher and cache")
+
+
 ExportFormat = Literal["compressed-tensors", "gguf", "torchao", "safetensors"]
 
 
@@ -367,6 +394,11 @@ class Recipe(Section):
         if named == "native" or "export" in data:
             return data
         return data | {"export": [str(named).partition("-q")[0]]}
+
+    @model_validator(mode="after")
+    def _method_fits_the_grid(self) -> Recipe:
+        check_combination(self)
+        return self
 
     @field_validator("name")
     @classmethod

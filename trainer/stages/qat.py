@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from qatapult.trainer.context import Context
+from qatapult.trainer.distill.cache import CachedTeacher
 from qatapult.trainer.distill.teacher import InProcessTeacher, Teacher
 from qatapult.trainer.loop.blockwise import train_blockwise
 from qatapult.trainer.loop.checkpoint import list_checkpoints, require_disk_space
@@ -97,6 +99,9 @@ def build_teacher(context: Context) -> Teacher | None:
     distillation = context.recipe.qat.distillation
     if distillation.kind == "none":
         return None
+    if distillation.cache is not None:
+        folder = Path(distillation.cache)
+        return CachedTeacher(folder, context.data.fingerprint, distillation.temperature, context.device)
     source = context.recipe.model
     if distillation.teacher is not None:
         source = source.model_copy(update={"source": distillation.teacher})

@@ -1,0 +1,78 @@
+"""`qatapult teacher cache`: write the teacher's logits to disk, so that training needs no teacher in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qatapult.trainer.commands.recipe import OverridesArgument, RecipeArgument
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(help="The full-precision teacher.", no_args_is_help=True)
+    group.command("cache")(cache)
+    app.add_typer(group, name="teacher")
+
+
+def cache(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: Annotated[Path, typer.Option(help="Folder of the cache.")] = Path("teacher-cache"),
+    top_k: Annotated[int, typer.Option(min=1, help="Tokens kept at each position.")] = 64,
+) -> None:
+    """Write the teacher's top-k logits of a recipe's training text; run again, it goes on where it stopped.
+
+    Several processes share the work: accelerate launch -m qatapult.trainer.cli teacher cache RECIPE
+
+    Example: qatapult teacher cache smollm2-135m-w4a8 --out teacher-cache --top-k 64
+    """
+    from accelerate import PartialState
+
+    from qatapult.trainer.console import Console
+    from qatapult.trainer.data.blocks import load_data
+    from qatapult.trainer.distill.cache import CacheFormat, verify_cache, write_cache
+    from qatapult.trainer.models import load_model, load_tokenizer
+    from qatapult.trainer.recipe.loading import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    distillation = loaded.qat.distillation
+    source = loaded.model
+    if distillation.teacher is not None:
+        source = source.model_copy(update={"source": distillation.teacher})
+    state = PartialState()
+    data = load_data(loaded, load_tokenizer(loaded.model))
+    teacher = load_model(source).to(state.device)
+    layout = CacheFormat(
+        fingerprint=data.fingerprint,
+        teacher=source.source,
+        blocks=len(data.train),
+        block_size=loaded.data.block_size,
+        vocabulary=teacher.config.vocab_size,
+        k=min(top_k, teacher.config.vocab_size),
+        temperature=distillation.temperature,
+    )
+    own = sum(
+        len(range(shard * layout.shard_blocks, min(layout.blocks, (shard + 1) * layout.shard_blocks)))
+        for shard in range(state.process_index, layout.shards, state.num_processes)
+    )
+    with Console().progress(own, "teacher") as meter:
+        write_cache(
+            out,
+            layout,
+            teacher,
+            data.train,
+            state.process_index,
+            state.num_processes,
+            on_progress=meter.update,
+        )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        verify_cache(out)
+        size = sum(file.stat().st_size for file in out.iterdir())
+        tokens = layout.blocks * layout.block_size
+        typer.echo(
+            f"{out}: {tokens:,} tokens, {layout.bits_per_token:,} bits a token, {size / 2**20:.1f} MiB; "
+            f"train with qat.distillation.cache={out}"
+        )
