@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qatapult.trainer.data.documents import check_source, is_held_out, read_documents
+from qatapult.trainer.data.documents import check_source, read_documents, split_documents
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Data, Recipe
 
@@ -59,17 +59,23 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenizedDa
     train_texts: list[str] = []
     held_out_texts: list[str] = []
     for source in data.train:
-        for document in read_documents(source):
-            held_out = data.held_out is None and is_held_out(document, data.held_out_every)
-            (held_out_texts if held_out else train_texts).append(document)
+        documents = read_documents(source)
+        if data.held_out is None:
+            train, held_out = split_documents(documents, data.held_out_every)
+            held_out_texts += held_out
+        else:
+            train = list(documents)
+        train_texts += train
     if data.held_out is not None:
-        held_out_texts.extend(read_documents(data.held_out))
-    train, _ = _pack(train_texts, tokenizer, data.block_size, "training")
-    held_out, documents = _pack(held_out_texts, tokenizer, data.block_size, "held-out")
+        held_out_texts = list(read_documents(data.held_out))
+        secret = set(held_out_texts)
+        train_texts = [text for text in train_texts if text not in secret]
+    train_blocks, _ = _pack(train_texts, tokenizer, data.block_size, "training")
+    held_out_blocks, owners = _pack(held_out_texts, tokenizer, data.block_size, "held-out")
     if data.fraction < 1:
-        train = train[: max(1, round(len(train) * data.fraction))]
+        train_blocks = train_blocks[: max(1, round(len(train_blocks) * data.fraction))]
     limit = data.evaluation_blocks
-    return TokenizedData(train, held_out[:limit], documents[:limit])
+    return TokenizedData(train_blocks, held_out_blocks[:limit], owners[:limit])
 
 
 def _pack(

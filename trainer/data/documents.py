@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -38,13 +37,21 @@ def read_documents(source: DataSource) -> Iterator[str]:
         raise UserError(f"data: source {source.path or source.kind!r} has no text in it")
 
 
-def is_held_out(document: str, every: int) -> bool:
-    """Whether a document belongs to the held-out share: one in `every`, by a hash of its text.
+def split_documents(documents: Iterable[str], every: int) -> tuple[list[str], list[str]]:
+    """Split into training and held-out documents: the first of every `every` is held out.
 
-    The choice depends on nothing but the text, so that it is the same for every seed, order and machine.
+    The choice depends on the position in the source alone, so that it is the same for every seed and machine.
+    A training document that repeats a held-out one is left out, since it would leak.
+
+    Returns:
+        Training documents and held-out documents, each in source order.
     """
-    digest = hashlib.sha256(document.encode()).digest()
-    return int.from_bytes(digest[:8], "big") % every == 0
+    train: list[str] = []
+    held_out: list[str] = []
+    for index, document in enumerate(documents):
+        (train if index % every else held_out).append(document)
+    secret = set(held_out)
+    return [document for document in train if document not in secret], held_out
 
 
 def check_source(source: DataSource) -> None:
