@@ -164,7 +164,7 @@ def _judge(launch: LaunchFolder, begun: dict[str, Any], status: int | None, noti
         )
         return FAILED, _first_error(failed) if failed else too_short
     if notice or any(outcome["code"] == EXIT_REQUEUE for outcome in outcomes):
-        return PREEMPTED, "told to stop by SIGTERM"
+        return PREEMPTED, "told to stop by SIGTERM: preempted, cancelled, or another node of the job died"
     if failed:
         return FAILED, _first_error(failed)
     if status is None:

@@ -114,7 +114,8 @@ def _state(
     else:
         alive = _slurm_word(job)
     if alive is not None:
-        return alive, job.reason if job is not None and alive == "queued" and job.reason != "None" else ""
+        waits = job is not None and alive in ("queued", "requeued") and job.reason != "None"
+        return alive, job.reason if job is not None and waits else ""
     if submission.cancelled or (job is not None and job.state == "CANCELLED"):
         return CANCELLED, ""
     if (stopped := why_stopped(launch)) is not None:

@@ -238,7 +238,10 @@ def test_a_dead_node_brings_the_job_back(cluster: Cluster, whole: str) -> None:
     cluster.until(waits_for_a_node, "requeue", every=1.0)
     cluster.call(MINI_SLURM, "start-node", 2)
     found = cluster.wait("survivor", "finished", "failed")
-    assert [line["how"] for line in found["history"] if line["event"] == "end"] == ["died", "finished"]
+    first, second = (line["how"] for line in found["history"] if line["event"] == "end")
+    # The batch script died with its node, or it was told to stop because the other node died.
+    assert first in ("died", "preempted")
+    assert second == "finished"
     assert cluster.losses("survivor") == cluster.losses(whole)
 
 
