@@ -40,6 +40,7 @@ def processes(runs: Path) -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.slow
 def test_the_queue_runs_one_at_a_time_and_survives_a_power_cut(tmp_path: Path, wait_until: WaitUntil) -> None:
     runs = tmp_path / "my runs"
     for name in ("first", "second"):
