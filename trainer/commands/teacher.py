@@ -1,4 +1,4 @@
-"""`qatapult teacher cache`: write the teacher's logits to disk, so that training needs no teacher in memory."""
+"""`qatapult teacher cache|write`: the teacher's logits on disk, and text of the teacher's own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from qatapult.trainer.commands.recipe import OverridesArgument, RecipeArgument
 def register(app: typer.Typer) -> None:
     group = typer.Typer(help="The full-precision teacher.", no_args_is_help=True)
     group.command("cache")(cache)
+    group.command("write")(write)
     app.add_typer(group, name="teacher")
 
 
@@ -76,3 +77,30 @@ def cache(
             f"{out}: {tokens:,} tokens, {layout.bits_per_token:,} bits a token, {size / 2**20:.1f} MiB; "
             f"train with qat.distillation.cache={out}"
         )
+
+
+def write(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: Annotated[Path, typer.Option(help="JSONL file; one that exists is gone on with.")] = Path("teacher.jsonl"),
+    documents: Annotated[int, typer.Option(min=1, help="Documents in the file.")] = 256,
+    tokens: Annotated[int, typer.Option(min=2, help="Longest document.")] = 512,
+) -> None:
+    """Let the full-precision model write training text, for a checkpoint whose data nobody has any more.
+
+    Example: qatapult teacher write smollm2-135m-w4a8 --documents 64 --out teacher.jsonl
+    """
+    from accelerate import PartialState
+
+    from qatapult.trainer.console import Console
+    from qatapult.trainer.distill.writing import write_documents
+    from qatapult.trainer.models import load_model, load_tokenizer
+    from qatapult.trainer.recipe.loading import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    teacher = load_model(loaded.model).to(PartialState().device)
+    with Console().progress(documents, "writing") as meter:
+        write_documents(
+            teacher, load_tokenizer(loaded.model), out, documents, tokens, loaded.seed, on_progress=meter.update
+        )
+    typer.echo(f"{out}: train with data.train=[{{kind: jsonl, path: {out}}}]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qatapult.trainer.data.documents import check_source, read_documents, split_documents
 from qatapult.trainer.recipe.errors import UserError
-from qatapult.trainer.recipe.schema import Data, Recipe
+from qatapult.trainer.recipe.schema import Data, DataSource, Recipe
 
 
 @dataclass(frozen=True)
@@ -56,26 +57,57 @@ def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenizedDa
     data = recipe.data
     if data.train[0].kind == "random":
         return _random_tokens(recipe, len(tokenizer))
-    train_texts: list[str] = []
-    held_out_texts: list[str] = []
+    skip = data.on_broken_shard == "skip"
+    own_held_out = None if data.held_out is None else list(read_documents(data.held_out, skip))
+    parts: list[Tensor] = []
+    held_out_texts: list[str] = own_held_out or []
     for source in data.train:
-        documents = read_documents(source)
-        if data.held_out is None:
+        documents = read_documents(source, skip)
+        if source.streaming:
+            documents = _until_enough(documents, tokenizer, _tokens_needed(recipe, source))
+        if own_held_out is None:
             train, held_out = split_documents(documents, data.held_out_every)
             held_out_texts += held_out
         else:
-            train = list(documents)
-        train_texts += train
-    if data.held_out is not None:
-        held_out_texts = list(read_documents(data.held_out))
-        secret = set(held_out_texts)
-        train_texts = [text for text in train_texts if text not in secret]
-    train_blocks, _ = _pack(train_texts, tokenizer, data.block_size, "training")
+            secret = set(own_held_out)
+            train = [text for text in documents if text not in secret]
+        parts.append(_pack(train, tokenizer, data.block_size, "training")[0])
+    train_blocks = _mix(parts, [source.weight for source in data.train])
     held_out_blocks, owners = _pack(held_out_texts, tokenizer, data.block_size, "held-out")
     if data.fraction < 1:
         train_blocks = train_blocks[: max(1, round(len(train_blocks) * data.fraction))]
     limit = data.evaluation_blocks
     return TokenizedData(train_blocks, held_out_blocks[:limit], owners[:limit])
+
+
+def _mix(parts: list[Tensor], weights: list[float]) -> Tensor:
+    """As many blocks of each source as its weight asks for, without repeating any."""
+    if len(parts) == 1:
+        return parts[0]
+    whole = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
+    counts = [max(1, round(whole * weight)) for weight in weights]
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+def _tokens_needed(recipe: Recipe, source: DataSource) -> int:
+    """Tokens of a stream that the run will read: it need not end."""
+    share = source.weight / sum(other.weight for other in recipe.data.train)
+    calibration = recipe.ptq.calibration.blocks * recipe.data.block_size
+    held_out = 1.0
+    if recipe.data.held_out is None:
+        held_out = recipe.data.held_out_every / (recipe.data.held_out_every - 1)
+    return int((max(recipe.qat.tokens, calibration) * share + recipe.data.block_size) * held_out)
+
+
+def _until_enough(
+    documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, tokens: int
+) -> Iterator[str]:
+    """Read a stream until it has given so many tokens."""
+    for document in documents:
+        yield document
+        tokens -= len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]) + 1
+        if tokens <= 0:
+            return
 
 
 def _pack(

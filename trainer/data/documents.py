@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import DataSource
 
 
-def read_documents(source: DataSource) -> Iterator[str]:
+def read_documents(source: DataSource, skip_broken: bool = False) -> Iterator[str]:
     """Yield the documents of a source in its own order.
+
+    Args:
+        source: where they come from.
+        skip_broken: leave out the rest of a file that cannot be read, with a warning, instead of stopping.
 
     Raises:
         UserError: if the source is missing or empty, or a shard cannot be read.
@@ -24,10 +29,8 @@ def read_documents(source: DataSource) -> Iterator[str]:
         "parquet": _data_set,
         "hub": _data_set,
     }
-    if source.kind not in readers:
-        raise UserError(f"data: source kind '{source.kind}' has no documents of its own")
     count = 0
-    for document in readers[source.kind](source):
+    for document in readers[source.kind](source, skip_broken):
         if document.strip():
             count += 1
             yield document
@@ -67,7 +70,7 @@ def check_source(source: DataSource) -> None:
             raise UserError(f"data: file {str(file)!r} is empty")
 
 
-def _cpython_docs(source: DataSource) -> Iterator[str]:
+def _cpython_docs(source: DataSource, skip_broken: bool) -> Iterator[str]:
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -87,13 +90,28 @@ def _files(source: DataSource) -> list[Path]:
     return files
 
 
-def _text_files(source: DataSource) -> Iterator[str]:
+def _text_files(source: DataSource, skip_broken: bool) -> Iterator[str]:
+    yield from _each_file(source, _text_file, skip_broken)
+
+
+def _each_file(
+    source: DataSource, read: Callable[[Path, DataSource], Iterator[str]], skip_broken: bool
+) -> Iterator[str]:
     for file in _files(source):
         try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"data: {str(file)!r} cannot be read as UTF-8 text: {error}") from None
-        yield from _split_text(text, source.separator)
+            yield from read(file, source)
+        except UserError as error:
+            if not skip_broken:
+                raise
+            warnings.warn(f"{error}; the rest of this file is left out", RuntimeWarning, stacklevel=2)
+
+
+def _text_file(file: Path, source: DataSource) -> Iterator[str]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data: {str(file)!r} cannot be read as UTF-8 text: {error}") from None
+    yield from _split_text(text, source.separator)
 
 
 def _split_text(text: str, separator: str | None) -> Iterable[str]:
@@ -102,16 +120,20 @@ def _split_text(text: str, separator: str | None) -> Iterable[str]:
     return text.split("\n\n")
 
 
-def _jsonl(source: DataSource) -> Iterator[str]:
-    for file in _files(source):
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    yield _text_field(json.loads(line), source.field, f"{file}:{number}")
-                except json.JSONDecodeError:
-                    raise UserError(f"data: {file}:{number} is not a JSON object") from None
+def _jsonl(source: DataSource, skip_broken: bool) -> Iterator[str]:
+    yield from _each_file(source, _jsonl_file, skip_broken)
+
+
+def _jsonl_file(file: Path, source: DataSource) -> Iterator[str]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                raise UserError(f"data: {file}:{number} is not a JSON object") from None
+            yield _text_field(row, source.field, f"{file}:{number}")
 
 
 def _text_field(row: object, field: str, where: str) -> str:
@@ -121,17 +143,15 @@ def _text_field(row: object, field: str, where: str) -> str:
     return str(row[field])
 
 
-def _data_set(source: DataSource) -> Iterator[str]:
+def _data_set(source: DataSource, skip_broken: bool) -> Iterator[str]:
     """Parquet shards and hub data sets, through the `datasets` library."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
         if source.kind == "parquet":
-            files = [str(file) for file in _files(source)]
-            rows = datasets.load_dataset(
-                "parquet", data_files=files, split="train", streaming=source.streaming
-            )
+            files = [str(file) for file in _files(source) if _is_parquet(file, skip_broken)]
+            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=source.streaming)
         else:
             rows = datasets.load_dataset(
                 str(source.path), source.subset, split=source.split, streaming=source.streaming
@@ -142,3 +162,18 @@ def _data_set(source: DataSource) -> Iterator[str]:
         raise UserError(f"data: {source.path!r} cannot be loaded: {str(error).splitlines()[0][:200]}") from None
     for number, row in enumerate(rows):
         yield _text_field(row, source.field, f"{source.path}[{number}]")
+
+
+def _is_parquet(file: Path, skip_broken: bool) -> bool:
+    """Whether a shard has a readable footer; a broken one is refused, or skipped with a warning."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError):
+        if not skip_broken:
+            raise UserError(f"data: {str(file)!r} is not a whole Parquet file") from None
+        warnings.warn(f"data: {str(file)!r} is not a whole Parquet file; it is left out", RuntimeWarning, stacklevel=2)
+        return False
+    return True

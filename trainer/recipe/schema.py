@@ -43,17 +43,19 @@ class Model(Section):
 class DataSource(Section):
     """Where documents come from."""
 
-    kind: Literal["cpython_docs", "text", "jsonl", "parquet", "hub", "teacher", "random"] = Field(
+    kind: Literal["cpython_docs", "text", "jsonl", "parquet", "hub", "random"] = Field(
         description="`cpython_docs` (the language reference that every CPython carries), `text` (files; documents "
         "are separated by blank lines or by `separator`), `jsonl`, `parquet`, `hub` (a hub data set), "
-        "`teacher` (text sampled from the full-precision model) or `random` (token ids, for benchmarks)."
+        "or `random` (token ids, for benchmarks). `qatapult teacher write` makes JSONL of the teacher's own text."
     )
     path: str | None = Field(None, description="File, folder, glob, or hub data set id.")
     subset: str | None = Field(None, description="Configuration name of a hub data set.")
     split: str = Field("train", description="Split of a hub data set.")
     field: str = Field("text", description="Column that holds the text (JSONL, Parquet, hub).")
     separator: str | None = Field(None, description="What separates documents in a text file; blank lines if absent.")
-    streaming: bool = Field(False, description="Stream a hub data set, Parquet or JSONL instead of reading it whole.")
+    streaming: bool = Field(
+        False, description="Read no more of the source than the run needs; hub data sets and Parquet are streamed."
+    )
     weight: float = Field(1.0, gt=0, description="Share of this source in a mixture, relative to the others.")
     documents: Positive | None = Field(None, description="Use at most so many documents.")
 
@@ -80,9 +82,8 @@ class Data(Section):
     block_size: int = Field(512, ge=8, description="Tokens a block.")
     evaluation_blocks: Positive = Field(16, description="Held-out blocks that the perplexity is measured on.")
     shuffle: bool = Field(True, description="Shuffle blocks anew in each pass over the data.")
-    shuffle_buffer: Positive = Field(10_000, description="Documents held for shuffling a stream.")
     fraction: float = Field(
-        1.0, gt=0, le=2, description="Share of the training blocks to use; above 1 the teacher writes the rest."
+        1.0, gt=0, le=1, description="Share of the training blocks to use."
     )
     on_broken_shard: Literal["refuse", "skip"] = Field(
         "refuse", description="What to do with a data shard that cannot be read."
