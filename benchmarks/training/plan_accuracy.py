@@ -64,6 +64,7 @@ CASES = (
     Case("no teacher", "single", 1, 2, qat={"distillation": {"kind": "none"}}),
     Case("scales only", "single", 1, 2, qat={"trainable": "scales"}),
     Case("all weights", "single", 1, 2, qat={"trainable": "all"}),
+    Case("recomputing", "single", 1, 4, qat={"gradient_checkpointing": True}),
     Case("groups of 32", "single", 1, 2, quantization={
         "weights": {"bits": 4, "granularity": "group", "group_size": 32}}),
     Case("2 processes", "ddp", 2, 2),
@@ -82,7 +83,7 @@ def measure_memory(model: str, pattern: str) -> None:
         if not re.search(pattern, f"{case.engine} {case.name}"):
             continue
         recipe = case.recipe(model)
-        setting = Setting(case.engine, "none", False, case.blocks, case.teacher())
+        setting = Setting(case.engine, "none", recipe.qat.gradient_checkpointing, case.blocks, case.teacher())
         predicted = memory(
             recipe, shape_of(recipe.model), parse_cluster(f"{case.processes}xCPU"), setting
         ).device

@@ -127,7 +127,15 @@ def run_probe(
             check=False,
         )
         if done.returncode != 0 or not result.exists():
-            lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["no message"]
-            raise UserError(f"the measured steps failed (exit status {done.returncode}): {lines[-1][:300]}")
+            raise UserError(
+                f"the measured steps failed (exit status {done.returncode}): {_reason(done.stderr)}"
+            )
         measured: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     return measured
+
+
+def _reason(stderr: str) -> str:
+    """The last line that names an error: launchers print summaries of their own below it."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error: " in line and "ChildFailedError" not in line]
+    return [*(lines or ["no message"]), *errors][-1][:300]
