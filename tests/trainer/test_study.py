@@ -171,6 +171,16 @@ def test_page_has_the_figures_over_seeds_and_the_briefs(tmp_path: Path) -> None:
     assert "| W2 |" not in text
 
 
+def test_a_cost_of_nothing_has_no_recovery(tmp_path: Path) -> None:
+    study = study_with()
+    planned = plan_runs(study, "small", tmp_path)
+    write_json(planned[0].folder(tmp_path).report_json, report(11.0, ptq=10.01))
+    write_json(planned[0].folder(tmp_path).stage("report"), {})
+    text = render(study, "small", collect(planned, tmp_path), [], "qatapult study mini")
+    assert "nothing to recover" in text
+    assert "-9900 %" not in text
+
+
 def test_one_seed_keeps_the_interval_over_documents(tmp_path: Path) -> None:
     planned = plan_runs(study_with(), "small", tmp_path)
     finish(planned[0], tmp_path, 13.0)

@@ -15,6 +15,8 @@ from qatapult.trainer.study.schema import Study
 
 #: Recovery of perplexity says little where round-to-nearest's is astronomically large.
 _BROKEN = 10
+#: Below this share of the full-precision perplexity a cost is no cost: a recovery of it would be noise.
+_NOTHING = 0.005
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,15 @@ def _method(name: str) -> TableColumn:
 
 
 def _share(title: str, key: str) -> TableColumn:
-    return TableColumn(title, lambda result: _with_reach(result.perplexity(key), percent))
+    before = "best_ptq" if key == "recovery_from_best_ptq" else "ptq"
+
+    def show(result: CellResult) -> str:
+        full, quantized = (result.perplexity(name).value for name in ("full_precision", before))
+        if full is not None and quantized is not None and quantized < full * (1 + _NOTHING):
+            return "nothing to recover"
+        return _with_reach(result.perplexity(key), percent)
+
+    return TableColumn(title, show)
 
 
 def _with_reach(figure: Figure, write: Callable[[float | None], str]) -> str:
