@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import dump_recipe
 from qatapult.trainer.run_folder import RunFolder, write_json

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+
 from qatapult.trainer.report.plots import BLUE, GREEN, GREY, ORANGE
 from qatapult.trainer.study.results import CellResult
 from qatapult.trainer.study.schema import Study

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from qatapult.trainer.console import Console
 from qatapult.trainer.data.blocks import load_data
 from qatapult.trainer.data.byte_tokenizer import byte_tokenizer
@@ -20,7 +22,6 @@ from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.recipe.schema import Recipe
 from qatapult.trainer.study.plan import model_folder, study_folder
 from qatapult.trainer.study.schema import Pretraining, Study
-from transformers import AutoConfig, AutoModelForCausalLM
 
 
 def pretrain(study: Study, size: str, name: str, runs: Path) -> None:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t as students_t
+
 from qatapult.trainer.study.plan import PlannedRun
 from qatapult.trainer.study.schema import Cell
-from scipy.stats import t as students_t
 
 #: Share of the whole gain at which the curve counts as flat from there on.
 _FLAT = 0.95

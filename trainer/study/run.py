@@ -68,6 +68,7 @@ def _run_here(recipe: Recipe, runs: Path) -> str:
     """Run a recipe in this process, which saves the start of a new one; why it failed, or nothing."""
     import torch
     from accelerate.state import AcceleratorState, GradientState
+
     from qatapult.trainer import pipeline
 
     # Accelerate keeps one set of settings a process, and the next run's may differ.

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import describe_validation_error
 

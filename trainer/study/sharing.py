@@ -17,7 +17,7 @@ _INPUTS = {
     "ptq": ("model", "data", "evaluation", "quantization", "ptq"),
 }
 # How blocks are visited in training has no part in either stage.
-_TRAINING_ONLY = ("shuffle", "shuffle_buffer")
+_TRAINING_ONLY = ("shuffle",)
 
 
 def share_stages(run: RunFolder, recipe: Recipe, others: Iterable[tuple[RunFolder, Recipe]]) -> list[str]:
