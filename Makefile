@@ -15,7 +15,8 @@ demo: $(VENV)/demo.installed
 	$(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) -m qatapult.trainer $(RECIPE)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile tests/kernels tests/trainer
+	$(BIN)/python -m pytest -m "not slow and not gpu" tests/launch
 
 test-all: lint
 	$(BIN)/python -m pytest -m "not gpu"

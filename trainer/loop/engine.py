@@ -35,11 +35,17 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     else:
         state = PartialState()
     _check_world_size(state)
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=autocast_precision(recipe.qat),
         gradient_accumulation_steps=micro_batches(recipe, state.num_processes),
         kwargs_handlers=handlers,
     )
+    if zero_stage(accelerator) == 3:
+        from transformers.integrations import unset_hf_deepspeed_config
+
+        # Stages that the main process runs alone load whole models; `prepare` shards the one that trains.
+        unset_hf_deepspeed_config()
+    return accelerator
 
 
 def autocast_precision(qat: Qat) -> str:
