@@ -238,10 +238,12 @@ def test_a_dead_node_brings_the_job_back(cluster: Cluster, whole: str) -> None:
     cluster.until(waits_for_a_node, "requeue", every=1.0)
     cluster.call(MINI_SLURM, "start-node", 2)
     found = cluster.wait("survivor", "finished", "failed")
-    first, second = (line["how"] for line in found["history"] if line["event"] == "end")
-    # The batch script died with its node, or it was told to stop because the other node died.
-    assert first in ("died", "preempted")
-    assert second == "finished"
+    *earlier, last = (line["how"] for line in found["history"] if line["event"] == "end")
+    # The batch script died with its node, or was told to stop because another node died. Slurm may notice the
+    # death, or be late with a ping, once more after the node is back.
+    assert earlier
+    assert set(earlier) <= {"died", "preempted"}
+    assert last == "finished"
     assert cluster.losses("survivor") == cluster.losses(whole)
 
 
