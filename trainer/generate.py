@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
 from qatapult.trainer.evaluate.perplexity import device_of
 from qatapult.trainer.quantize.kv_cache import PackedKVCache
 from qatapult.trainer.recipe.schema import TensorScheme
-from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 
 @dataclass(frozen=True)

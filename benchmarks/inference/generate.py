@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DynamicCache, PreTrainedModel
+
 from qatapult.trainer.loop.engine import multiplies_bf16
 from qatapult.trainer.measure import device_name, peak_memory
 from qatapult.trainer.models import load_model, load_tokenizer
@@ -30,7 +32,6 @@ from qatapult.trainer.quantize.convert import convert
 from qatapult.trainer.quantize.prepare import prepare
 from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.recipe.schema import Quantization, Recipe
-from transformers import DynamicCache, PreTrainedModel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = "transformers bf16"
@@ -81,6 +82,7 @@ def packed(recipe: Recipe) -> Candidate:
 def llama_cpp(recipe: Recipe) -> Candidate:
     """llama.cpp on Q4_0, by the timings that its server reports."""
     import xllamacpp
+
     from qatapult.trainer.export import gguf
     from qatapult.trainer.export.trained import TrainedModel
 

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 import datasets
+
 from qatapult.trainer.data.documents import read_documents, split_documents
 from qatapult.trainer.recipe.schema import Data, DataSource
 

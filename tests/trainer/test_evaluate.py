@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import Result
+from transformers import PreTrainedModel
+from typer.testing import CliRunner
+
 from qatapult.trainer.cli import app
 from qatapult.trainer.evaluate.kernels import counting
 from qatapult.trainer.evaluate.parity import compare, shortfall
@@ -22,8 +25,6 @@ from qatapult.trainer.quantize.convert import convert, packed_layers
 from qatapult.trainer.quantize.prepare import prepare, quant_layers
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Model, Override, Quantization, TensorScheme
-from transformers import PreTrainedModel
-from typer.testing import CliRunner
 
 RECIPE = "tiny-random-w4a8"
 

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from qatapult.trainer.evaluate.perplexity import token_losses
 from qatapult.trainer.export.shards import ShardWriter
 from qatapult.trainer.export.trained import TrainedModel
@@ -17,9 +21,6 @@ from qatapult.trainer.quantize.prepare import prepare, quant_layers
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.recipe.schema import Model, Quantization, TensorScheme
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import PreTrainedModel
 
 A8 = TensorScheme(bits=8, granularity="token")
 W4 = TensorScheme(bits=4)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from qatapult.trainer.evaluate.models import Models
     from transformers import PreTrainedModel
+
+    from qatapult.trainer.evaluate.models import Models
 
 
 def register(app: typer.Typer) -> None:

@@ -41,6 +41,6 @@ def export(
         typer.echo(json.dumps(result, indent=2))
         return
     typer.echo(
-        f"{result['path']}: {result['bytes']:,} bytes, perplexity {result['perplexity']:.4f} in its own runtime, "
-        f"{result['difference']:+.2%} against the packed integers"
+        f"{result['path']}: {result['bytes']:,} bytes, perplexity {result['perplexity']:.4f} in its own "
+        f"runtime, {result['difference']:+.2%} against the packed integers"
     )

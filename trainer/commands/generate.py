@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qatapult.trainer.evaluate.models import Models
     from qatapult.trainer.generate import Generated, Sampling
-    from transformers import PreTrainedModel
 
 FolderArgument = Annotated[Path, typer.Argument(help="A run's folder, or a Hugging Face model folder.")]
 ModelOption = Annotated[

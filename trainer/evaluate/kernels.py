@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import nn
+
 from qatapult.kernels import count_products
 from qatapult.trainer.quantize.convert import PackedLinear, packed_layers
-from torch import nn
 
 
 @contextmanager

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from qatapult.trainer.context import Context
 from qatapult.trainer.data.blocks import TokenizedData, load_data
 from qatapult.trainer.models import load_model, load_tokenizer
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Model, Recipe
 from qatapult.trainer.run_folder import RunFolder
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Which = Literal["full_precision", "ptq", "qat", "packed"]
 #: The stage whose file each model needs.

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from qatapult.kernels import unpack
 from qatapult.trainer.evaluate.perplexity import last_hidden
 from qatapult.trainer.quantize.convert import PackedLinear, packed_layers
 from qatapult.trainer.quantize.modules import QuantizedWeight
 from qatapult.trainer.quantize.prepare import quant_layers
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 #: What the packed model has to reach against the trained one.
 LEAST_SQNR_DB = 40.0

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from qatapult.trainer.evaluate.perplexity import device_of
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qatapult.trainer.evaluate.perplexity import device_of
 
 _PROMPT_TOKENS = 48
 _PROMPTS = 3

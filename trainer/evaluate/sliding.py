@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable
 
 import torch
-from qatapult.trainer.evaluate.perplexity import device_of, token_losses
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from qatapult.trainer.evaluate.perplexity import device_of, token_losses
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qatapult.trainer.recipe.errors import UserError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qatapult.trainer.recipe.errors import UserError
 
 # The figure that stands for a task, where lm-eval reports several.
 _MAIN_METRICS = ("acc", "exact_match", "word_perplexity", "perplexity")
@@ -93,6 +94,9 @@ def find_tasks(tasks: Sequence[str]) -> tuple[Any, list[str]]:
     own = TaskManager(include_path=[shipped, *folders], include_defaults=False)
     in_folders = TaskManager(include_path=folders, include_defaults=False).all_subtasks if folders else []
     names = [*(task for task in tasks if task not in folders), *in_folders]
+    for name in names:
+        if name not in own.all_tasks and (near := difflib.get_close_matches(name, shipped_tasks(), 1, 0.85)):
+            raise UserError(f"evaluation.tasks: there is no task {name!r}; did you mean {near[0]!r}?")
     # Reading the thousands of tasks that come with lm-eval takes ten seconds: only where one is asked for.
     manager = (
         own if all(name in own.all_tasks for name in names) else TaskManager(include_path=[shipped, *folders])
@@ -113,6 +117,7 @@ def _evaluate(
     options: TaskOptions,
 ) -> dict[str, Any]:
     from lm_eval import simple_evaluate
+
     from qatapult.trainer.evaluate.lm_eval_model import QatapultLM
 
     tracker = _tracker(options)

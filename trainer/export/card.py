@@ -125,6 +125,7 @@ def licence_of(model: Model) -> str | None:
 
 def _gguf_licence(model: Model) -> str | None:
     from gguf import GGUFReader
+
     from qatapult.trainer.models import gguf_path
 
     field = GGUFReader(gguf_path(model.source)).get_field("general.license")

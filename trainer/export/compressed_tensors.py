@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
 from qatapult.kernels import Scheme
 from qatapult.trainer.evaluate.perplexity import token_losses
 from qatapult.trainer.export.folder import appearing, source_dtype, write_config
@@ -24,8 +27,6 @@ from qatapult.trainer.quantize.modules import QuantizedWeight, QuantLinear
 from qatapult.trainer.quantize.prepare import quant_layers
 from qatapult.trainer.recipe.deployment import check_compressed_tensors
 from qatapult.trainer.recipe.errors import UserError
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 
 def export(model: TrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

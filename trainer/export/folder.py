@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qatapult.trainer.export.trained import TrainedModel
 from transformers import PreTrainedTokenizerBase
+
+from qatapult.trainer.export.trained import TrainedModel
 
 
 @contextmanager

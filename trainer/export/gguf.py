@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, LlamaFileType, get_tensor_name_map
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
 from qatapult.trainer.export.folder import appearing, source_dtype
 from qatapult.trainer.export.gguf_tokenizer import write_tokenizer
 from qatapult.trainer.export.trained import TrainedModel
@@ -20,8 +23,6 @@ from qatapult.trainer.quantize.modules import QuantizedWeight, QuantLinear
 from qatapult.trainer.quantize.prepare import quant_layers
 from qatapult.trainer.recipe.deployment import GGUF_GRIDS, gguf_type
 from qatapult.trainer.recipe.errors import UserError
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 FILE = "model.gguf"
 _BLOCK = 32

@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
-from qatapult.trainer.recipe.errors import UserError
 from transformers import PreTrainedTokenizerBase
+
+from qatapult.trainer.recipe.errors import UserError
 
 #: llama.cpp knows how to split text by a name; here found by what the tokenizer's own splitting looks like.
 _LLAMA3 = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1,3}|"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 from gguf import GGUFReader, dequantize
-from qatapult.trainer.recipe.errors import UserError
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from qatapult.trainer.recipe.errors import UserError
 
 _CHUNK = 64
 

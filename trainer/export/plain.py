@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
 from qatapult.trainer.evaluate.perplexity import token_losses
 from qatapult.trainer.export.folder import appearing, source_dtype, write_config
 from qatapult.trainer.export.shards import ShardWriter
 from qatapult.trainer.export.trained import TrainedModel
 from qatapult.trainer.quantize.modules import QuantizedWeight
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 _GRID_TENSORS = ("weight_scale", "weight_zero_point", "activation_clip")
 

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TorchAoConfig
+
 from qatapult.kernels import Scheme
 from qatapult.trainer.evaluate.perplexity import token_losses
 from qatapult.trainer.export.folder import appearing, source_dtype, write_config
@@ -20,8 +23,6 @@ from qatapult.trainer.quantize.modules import QuantizedWeight, QuantLinear
 from qatapult.trainer.quantize.prepare import quant_layers
 from qatapult.trainer.recipe.deployment import check_torchao
 from qatapult.trainer.recipe.errors import UserError
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TorchAoConfig
 
 _ONE_FILE = 1 << 62  # torchao describes all tensors in the header of every shard
 

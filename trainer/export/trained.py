@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qatapult.trainer.quantize.prepare import prepare
-from qatapult.trainer.recipe.schema import QatMethod, Quantization
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from qatapult.trainer.quantize.prepare import prepare
+from qatapult.trainer.recipe.schema import QatMethod, Quantization
 
 
 class TrainedModel:

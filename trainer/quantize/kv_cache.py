@@ -1,8 +1,8 @@
 """Keys and values in 8 or 4 bits, each token of each head with a scale of its own.
 
 In training and evaluation they pass through the grid inside attention (as LLM-QAT, arXiv:2305.17888, section
-3.2: after the rotary embedding, where a cache would store them). In generation a cache holds the packed codes.
-Both give the same values, because a token is quantized once, when it comes.
+3.2: after the rotary embedding, where a cache would store them). In generation a cache holds the packed
+codes. Both give the same values, since a token is quantized once, when it comes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from qatapult.kernels import Scheme, choose_range, dequantize, fake_quantize_dynamic, pack, quantize, unpack
-from qatapult.trainer.recipe.errors import UserError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qatapult.kernels import Scheme, choose_range, dequantize, fake_quantize_dynamic, pack, quantize, unpack
+from qatapult.trainer.recipe.errors import UserError
 
 _PREFIX = "qatapult_kv"
 # Marks what a cache hands out: it went through the grid when it was stored.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from qatapult.trainer.context import Context
 from qatapult.trainer.evaluate.kernels import counting
 from qatapult.trainer.evaluate.parity import compare, shortfall
 from qatapult.trainer.insight.rounding import rounding
 from qatapult.trainer.quantize.convert import convert, packed_layers
 from qatapult.trainer.stages.qat import load_trained
-from transformers import PreTrainedModel
 
 # Blocks on which the logits of the packed and the fake-quantized model are compared.
 _PARITY_BLOCKS = 2
