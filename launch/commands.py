@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from qatapult.trainer.commands.recipe import OverridesArgument
 from qatapult.trainer.recipe.errors import UserError
 

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
+
 from qatapult.launch import attempts
 from qatapult.launch.folder import LaunchFolder, Submission, all_runs, prepare_run
 from qatapult.launch.owner import boot_id

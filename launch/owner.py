@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TextIO
 
 import psutil
+
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.run_folder import RunFolder, write_json
 

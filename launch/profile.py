@@ -20,6 +20,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import describe_validation_error
 

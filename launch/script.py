@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
+
 from qatapult.launch.attempts import EXIT_FINISHED
 from qatapult.launch.profile import ClusterProfile
 from qatapult.trainer.loop.interrupt import INTERRUPTED as EXIT_REQUEUE

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from qatapult.launch.doctor import FAIL, OK, Finding
-from qatapult.launch.folder import LaunchFolder
-from qatapult.launch.state import RunState
-from qatapult.trainer.run_folder import STAGES
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+
+from qatapult.launch.doctor import FAIL, OK, Finding
+from qatapult.launch.folder import LaunchFolder
+from qatapult.launch.state import RunState
+from qatapult.trainer.run_folder import STAGES
 
 _COLOURS = {
     "finished": "green",

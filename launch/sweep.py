@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import describe_validation_error, load_recipe
 from qatapult.trainer.recipe.schema import Recipe

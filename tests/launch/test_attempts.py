@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from qatapult.launch import attempts
 from qatapult.launch.attempts import EXIT_FINISHED, EXIT_STOP, begin, end, write_outcome
 from qatapult.launch.folder import LaunchFolder, Submission, prepare_run

@@ -8,10 +8,11 @@ import socket
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
 from qatapult.launch import doctor
 from qatapult.launch.doctor import FAIL, OK, WARN, Finding
 from qatapult.trainer.cli import app
-from typer.testing import CliRunner
 
 
 def by_name(found: list[Finding]) -> dict[str, Finding]:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from qatapult.launch import owner as owners
 from qatapult.launch.owner import RunLost, claim, join
 from qatapult.trainer.recipe.errors import UserError

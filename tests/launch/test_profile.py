@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from qatapult.launch.profile import known_profiles, load_profile, user_profiles
 from qatapult.trainer.recipe.errors import UserError
 

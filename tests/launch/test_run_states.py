@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from qatapult.launch import attempts, logs
 from qatapult.launch.folder import LaunchFolder, Submission, find_run, prepare_run
 from qatapult.launch.state import describe

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from qatapult.launch.profile import ClusterProfile, load_profile
 from qatapult.launch.script import Job, render
 from qatapult.launch.submit import Target, script_for, submit_run

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from qatapult.launch.sweep import load_sweep, recipes
 from qatapult.trainer.recipe.errors import UserError
 
