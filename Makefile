@@ -24,10 +24,12 @@ test-all: lint
 test-gpu: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m "gpu or not slow" tests/kernels
 
+# mypy follows folders, not the import hook of an editable installation: the links show it the package.
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p qatapult.kernels -p qatapult.trainer -p qatapult.launch
+	mkdir -p $(VENV)/types/qatapult && ln -sfn $(foreach room,kernels trainer launch configs,$(CURDIR)/$(room)) $(VENV)/types/qatapult/
+	MYPYPATH=$(VENV)/types $(BIN)/mypy -p qatapult.kernels -p qatapult.trainer -p qatapult.launch
 
 docs: $(VENV)/docs.installed
 	$(BIN)/python docs/generate_reference.py

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
+
 from qatapult import kernels
 from qatapult.trainer.recipe.schema import Recipe
 
@@ -25,15 +26,22 @@ def default_of(field: Any) -> str:
         return "**required**"
     if isinstance(field.default, BaseModel):
         return "see below"
-    shown = [v.model_dump() if isinstance(v, BaseModel) else v for v in field.default] if isinstance(
-        field.default, list | tuple
-    ) else field.default
+    shown = (
+        [v.model_dump() if isinstance(v, BaseModel) else v for v in field.default]
+        if isinstance(field.default, list | tuple)
+        else field.default
+    )
     return f"`{shown}`"
 
 
 def recipe_pages(model: type[BaseModel], path: str, done: set[type[BaseModel]]) -> list[str]:
     """A table for a section and, below it, for the sections in it."""
-    lines = [f"## `{path}`" if path else "## The recipe", "", (model.__doc__ or "").strip().splitlines()[0], ""]
+    lines = [
+        f"## `{path}`" if path else "## The recipe",
+        "",
+        (model.__doc__ or "").strip().splitlines()[0],
+        "",
+    ]
     lines += ["| field | default | |", "|---|---|---|"]
     inner: list[tuple[type[BaseModel], str]] = []
     for name, field in model.model_fields.items():

@@ -12,9 +12,10 @@ import argparse
 import tempfile
 
 import torch
-from qatapult.kernels import Scheme, choose_range, fake_quantize, fake_quantize_dynamic
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+from qatapult.kernels import Scheme, choose_range, fake_quantize, fake_quantize_dynamic
 
 WEIGHTS = Scheme(bits=4, granularity="group", group_size=32)
 ACTIVATIONS = Scheme(bits=8, granularity="token")

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, Protocol, TextIO
 
-from qatapult.trainer.report.text import duration, metric_rows, percent
 from rich import box
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from qatapult.trainer.report.text import duration, metric_rows, percent
 
 #: Seconds between two lines of plain progress: a log of a day stays below 3000 lines.
 PLAIN_INTERVAL = 30.0

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from qatapult.launch.owner import Owner
 from qatapult.trainer.console import Console
 from qatapult.trainer.data.blocks import TokenizedData, load_data
@@ -18,7 +20,6 @@ from qatapult.trainer.quantize.prepare import prepare
 from qatapult.trainer.recipe.schema import Quantization, Recipe
 from qatapult.trainer.run_folder import RunFolder
 from qatapult.trainer.tracking.trackers import Tracking
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass

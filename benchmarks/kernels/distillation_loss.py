@@ -24,11 +24,12 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from qatapult.kernels import distillation_loss
 from qatapult.kernels.distillation import chunks
 from qatapult.kernels.distillation.objective import Objective
 from qatapult.kernels.distillation.select import row_kernels
-from torch import Tensor
 
 
 @dataclass

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import torch
+
 from qatapult.kernels import Scheme, choose_range, fake_quantize, fake_quantize_dynamic
 
 INT8 = Scheme(bits=8, granularity="token")

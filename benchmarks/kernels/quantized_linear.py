@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from qatapult.kernels import Scheme, choose_range, quantized_linear
 from torch.nn.functional import linear
+
+from qatapult.kernels import Scheme, choose_range, quantized_linear
 
 TOKENS = Scheme(granularity="token")
 CPU_SHAPES = "576x576,1536x576,576x1536,2048x2048"

@@ -15,6 +15,8 @@ import time
 from collections.abc import Sequence
 
 import torch
+from transformers import PreTrainedModel
+
 from qatapult.trainer.data.blocks import TokenizedData, load_data
 from qatapult.trainer.evaluate.perplexity import perplexity
 from qatapult.trainer.models import load_model, load_tokenizer
@@ -22,7 +24,6 @@ from qatapult.trainer.quantize.prepare import prepare
 from qatapult.trainer.quantize.ptq.calibration import spread_blocks
 from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.recipe.schema import Ptq, Quantization, Recipe, TensorScheme
-from transformers import PreTrainedModel
 
 RANGES = ("minmax", "mse")
 RECORDED = {("W4A8", "gptq"): 19.99, ("W4A16g64", "gptq"): 18.11}

@@ -7,8 +7,9 @@ import functools
 from pathlib import Path
 
 import torch
-from qatapult.kernels.common.cpp import load
 from torch import Tensor
+
+from qatapult.kernels.common.cpp import load
 
 from .objective import Objective
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from qatapult.kernels.distillation.objective import Kind, Objective
 from torch import Tensor
+
+from qatapult.kernels.distillation.objective import Kind, Objective
 
 
 def divergence(student_logprobs: Tensor, teacher_logprobs: Tensor, kind: Kind, beta: float) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Protocol, cast
 
-from qatapult.kernels.common.backend import backend_for
 from torch import Tensor
+
+from qatapult.kernels.common.backend import backend_for
 
 from . import cpu, rows
 from .objective import Objective

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from qatapult.kernels.common.aot import AotCase
 from torch import Tensor
+
+from qatapult.kernels.common.aot import AotCase
 
 from .objective import Objective
 

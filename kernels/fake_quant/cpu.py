@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 import torch
+
 from qatapult.kernels.common.cpp import load
 
 from .spec import Gradient, Grid, RangeRule

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
 from qatapult.kernels.common.backend import backend_for
 from qatapult.kernels.common.operator import blocks_batch, differentiable
 from qatapult.kernels.ranges import choose_range, finite, minmax_of, scale_of_range

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any, get_args
 
 import torch
+
 from qatapult.kernels.blocks import check_scale
 from qatapult.kernels.common.backend import backend_for
 from qatapult.kernels.common.operator import blocks_batch, differentiable

@@ -7,6 +7,7 @@ fp32.
 from __future__ import annotations
 
 import torch
+
 from qatapult.kernels.blocks import as_blocks, as_columns
 
 from .spec import Gradient, Grid

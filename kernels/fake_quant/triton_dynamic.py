@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
 from qatapult.kernels.common.aot import AotCase
 from qatapult.kernels.common.backend import triton_input
 from qatapult.kernels.common.rounding import clamp, divide, round_half_even, round_to_bfloat16

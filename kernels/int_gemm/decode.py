@@ -7,13 +7,14 @@ import functools
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from qatapult.kernels.common.backend import backend_for
 from qatapult.kernels.common.cpp import load
 from qatapult.kernels.common.launches import record
 from qatapult.kernels.fake_quant import cpu
 from qatapult.kernels.fake_quant.spec import Grid, RangeRule
 from qatapult.kernels.scheme import Scheme
-from torch import Tensor
 
 from .weights import PreparedWeight
 

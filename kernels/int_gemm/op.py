@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
 from qatapult.kernels.common.launches import record
 from qatapult.kernels.fake_quant.dynamic import quantize_dynamic
 from qatapult.kernels.scheme import Scheme
-from torch import Tensor
-from torch.nn.functional import linear
 
 from .cpu import int_matmul_cpu, integer_linear_cpu
 from .decode import decode_product, multiply_few, suits

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from qatapult.kernels.grid import dequantize, quantize
 from qatapult.kernels.packing import unpack
 from qatapult.kernels.ranges import choose_range
 from qatapult.kernels.scheme import Scheme
-from torch import Tensor
 
 
 def int_matmul_reference(a: Tensor, b: Tensor) -> Tensor:

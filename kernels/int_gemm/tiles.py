@@ -18,9 +18,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from qatapult.kernels.scheme import Scheme
 from torch import Tensor
 from torch.nn.functional import pad
+
+from qatapult.kernels.scheme import Scheme
 
 #: Rows are padded to whole tiles of the largest block of output channels, so that loads need no mask.
 ROW_MULTIPLE = 128

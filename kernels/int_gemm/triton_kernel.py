@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from qatapult.kernels.common.backend import interpreting
 
 #: The interpreter runs no inline assembly.

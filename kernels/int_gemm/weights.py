@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import torch
+from torch import Tensor
+
 from qatapult.kernels.common.backend import backend_for
 from qatapult.kernels.packing import unpack
 from qatapult.kernels.scheme import Scheme
-from torch import Tensor
 
 from .tiles import TileLayout, slice_width_of, to_tiles
 

@@ -9,11 +9,12 @@ rotary embedding, as they are cached.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from qatapult.kernels.fake_quant.dynamic import fake_quantize_dynamic, quantize_dynamic
 from qatapult.kernels.grid import dequantize
 from qatapult.kernels.packing import pack, unpack
 from qatapult.kernels.scheme import Scheme
-from torch import Tensor
 
 
 def kv_scheme(bits: int, symmetric: bool = True) -> Scheme:

@@ -7,6 +7,8 @@ import math
 from typing import Any, Literal, cast, get_args
 
 import torch
+from torch import Tensor
+
 from qatapult.kernels.fake_quant.op import fake_quantize
 from qatapult.kernels.fake_quant.spec import Gradient, Grid
 from qatapult.kernels.grid import check_scale, dequantize, quantize
@@ -14,7 +16,6 @@ from qatapult.kernels.int_gemm.op import multiply_prepared, quantize_activations
 from qatapult.kernels.int_gemm.weights import check_schemes, prepare_unpacked
 from qatapult.kernels.scheme import TERNARY, Granularity, ScaleDtype, Scheme
 from qatapult.kernels.scheme import Grid as GridKind
-from torch import Tensor
 
 from .reference import fake_quantized_linear
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+from torch.nn.functional import linear
+
 from qatapult.kernels.fake_quant.dynamic import fake_quantize_dynamic
 from qatapult.kernels.fake_quant.op import fake_quantize
 from qatapult.kernels.fake_quant.spec import Gradient
 from qatapult.kernels.scheme import Scheme
-from torch import Tensor
-from torch.nn.functional import linear
 
 
 def fake_quantized_linear(

@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from qatapult.kernels import distillation_loss, topk_distillation_loss, use_backend
 from qatapult.kernels.distillation import chunks, op, reference
 from qatapult.kernels.distillation.objective import Objective
-from torch import Tensor
 
 KINDS = ["forward_kl", "reverse_kl", "jsd"]
 #: Options of the loss: plain, a temperature, cross-entropy mixed in at temperature 1, and both.

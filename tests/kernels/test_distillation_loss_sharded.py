@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
-from qatapult.kernels import distillation_loss
 from torch import Tensor
 from torch.distributed import destroy_process_group, init_process_group
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from qatapult.kernels import distillation_loss
 
 RANKS = 2
 

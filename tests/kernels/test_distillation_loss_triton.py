@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from qatapult.kernels.common.aot import reports_of
 from qatapult.kernels.distillation import rows
 from qatapult.kernels.distillation.objective import Kind, Objective

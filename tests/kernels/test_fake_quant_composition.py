@@ -8,6 +8,8 @@ import textwrap
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+
 from qatapult.kernels import (
     Scheme,
     choose_range,
@@ -16,7 +18,6 @@ from qatapult.kernels import (
     quantize,
     quantize_dynamic,
 )
-from torch.utils.checkpoint import checkpoint
 
 WEIGHT = Scheme(bits=4, granularity="group", group_size=8)
 ASYMMETRIC = Scheme(bits=4, symmetric=False)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qatapult.kernels import Scheme, dequantize, quantize, use_backend
 
 SCHEMES = [

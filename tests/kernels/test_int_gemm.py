@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qatapult.kernels import Scheme, int_matmul, quantize_activations
 from qatapult.kernels.int_gemm import cpu
 from qatapult.kernels.int_gemm.reference import int_matmul_reference, quantize_activations_reference

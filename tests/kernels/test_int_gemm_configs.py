@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from qatapult.kernels.int_gemm.configs import (
     GemmConfig,
     Problem,

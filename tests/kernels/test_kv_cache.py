@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from qatapult.kernels import Scheme, dequantize_kv, fake_quantize_kv, kv_scheme, quantize_kv
 
 

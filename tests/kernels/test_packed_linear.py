@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+
 from qatapult.kernels import (
     Scheme,
     choose_range,
@@ -14,7 +16,6 @@ from qatapult.kernels import (
 )
 from qatapult.kernels.int_gemm.reference import packed_linear_reference
 from qatapult.kernels.int_gemm.weights import PreparedWeight
-from torch import Tensor
 
 TOKENS = Scheme(granularity="token")
 SCHEMES = [

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from qatapult.kernels import (
     Scheme,
     choose_range,
@@ -15,7 +17,6 @@ from qatapult.kernels import (
     quantized_linear,
     use_backend,
 )
-from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = Scheme(granularity="token")

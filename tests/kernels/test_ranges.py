@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qatapult.kernels import Scheme, choose_range, dequantize, quantize, scale_from_clip
 
 INT4 = Scheme(bits=4)

@@ -11,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+
 from qatapult.kernels import choose_range
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "trainer_qat.py"

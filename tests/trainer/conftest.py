@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pytest
+
 from qatapult.trainer.recipe.loading import dump_recipe, load_recipe
 from qatapult.trainer.run_folder import RunFolder, write_atomically, write_json
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import DistributedType, PartialState
+
 from qatapult.trainer.console import Console
 from qatapult.trainer.data.blocks import load_data
 from qatapult.trainer.distill.teacher import InProcessTeacher
@@ -56,7 +57,9 @@ def main() -> None:
     held_out = trainer.evaluate().value
     weights = accelerator.get_state_dict(trainer.student)
     if accelerator.is_main_process:
-        scales = [float(t.double().sum()) for name, t in sorted(weights.items()) if name.endswith("weight_scale")]
+        scales = [
+            float(t.double().sum()) for name, t in sorted(weights.items()) if name.endswith("weight_scale")
+        ]
         result = {"engine": str(accelerator.distributed_type), "processes": accelerator.num_processes}
         (run.path / "result.json").write_text(
             json.dumps(result | {"steps": state.step, "perplexity": held_out, "scales": scales})

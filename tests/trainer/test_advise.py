@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
+
 from qatapult.trainer.cli import app
 from qatapult.trainer.plan.advice import Situation, advise, economics_of, situation_of
 from qatapult.trainer.plan.evidence import Evidence, expect, measured, published
@@ -17,7 +19,6 @@ from qatapult.trainer.plan.matrix import SCENARIOS, cell, rows
 from qatapult.trainer.plan.measure_ptq import ptq_loss_of
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Recipe
-from typer.testing import CliRunner
 
 
 def situation(**changes: object) -> Situation:

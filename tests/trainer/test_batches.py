@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from qatapult.trainer.loop.batches import BatchPlan
 from qatapult.trainer.loop.schedules import learning_rate, phase_at, rate_factor
 from qatapult.trainer.recipe.schema import Optimizer, Qat
@@ -30,7 +31,9 @@ def test_any_number_of_processes_computes_the_same_global_batch(
 
 def test_a_pass_visits_every_block_once_and_passes_differ() -> None:
     plan = BatchPlan(blocks=12, blocks_per_step=4, batch_size=4)
-    first, second = ([i for step in steps for i in plan.step(step)[0].tolist()] for steps in (range(3), range(3, 6)))
+    first, second = (
+        [i for step in steps for i in plan.step(step)[0].tolist()] for steps in (range(3), range(3, 6))
+    )
     assert sorted(first) == sorted(second) == list(range(12))
     assert first != second
 
@@ -50,6 +53,8 @@ def test_automatic_rate_rises_with_fewer_bits_and_falls_with_longer_runs() -> No
 
 
 def test_phases_follow_each_other() -> None:
-    phases = [{"weights": {"bits": bits}, "fraction": share} for bits, share in ((8, 0.25), (4, 0.25), (2, 0.5))]
+    phases = [
+        {"weights": {"bits": bits}, "fraction": share} for bits, share in ((8, 0.25), (4, 0.25), (2, 0.5))
+    ]
     qat = Qat.model_validate({"schedule": {"phases": phases}})
     assert [phase_at(qat, progress) for progress in (0, 0.2, 0.25, 0.49, 0.5, 1)] == [0, 0, 1, 1, 2, 2]

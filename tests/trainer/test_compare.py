@@ -6,11 +6,12 @@ import json
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
+
 from qatapult.trainer.cli import app
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.report.compare import compare, pareto, working_hours
 from qatapult.trainer.report.curves import Curve
-from typer.testing import CliRunner
 
 Fixture = Any
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import pytest
+
 from qatapult.trainer import console as module
 from qatapult.trainer.console import Console
 from qatapult.trainer.report.summary import summarize_stages

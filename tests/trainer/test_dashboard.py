@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+
 from qatapult.trainer.dashboard import readers
 from qatapult.trainer.dashboard.overview import Overview
 from qatapult.trainer.dashboard.readers import CurveReader

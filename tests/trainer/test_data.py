@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from qatapult.trainer.data.blocks import load_data
 from qatapult.trainer.data.byte_tokenizer import byte_tokenizer
 from qatapult.trainer.data.documents import read_documents, split_documents
@@ -33,7 +34,9 @@ def test_blocks_hold_the_text_in_order(tmp_path: Path) -> None:
     data = load_data(recipe_with(f"[{{kind: jsonl, path: '{file}', field: body}}]"), byte_tokenizer())
     train, held_out = split_documents(texts, 8)
     stream = "<|end|>".join(train) + "<|end|>"
-    assert byte_tokenizer().decode(data.train.flatten()) == stream[: len(stream)][: _length(stream, data.train)]
+    assert (
+        byte_tokenizer().decode(data.train.flatten()) == stream[: len(stream)][: _length(stream, data.train)]
+    )
     assert data.held_out_documents.max() < len(held_out)
     assert data.train.dtype == torch.int64
 
@@ -46,9 +49,16 @@ def _length(stream: str, blocks: torch.Tensor) -> int:
 
 def test_text_files_are_split_at_the_separator(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\n\n\nthree")
-    assert list(read_documents(DataSource(kind="text", path=str(tmp_path)))) == ["one", "two", "\n\nthree"[2:]]
+    assert list(read_documents(DataSource(kind="text", path=str(tmp_path)))) == [
+        "one",
+        "two",
+        "\n\nthree"[2:],
+    ]
     (tmp_path / "a.txt").write_text("one---two")
-    assert list(read_documents(DataSource(kind="text", path=str(tmp_path), separator="---"))) == ["one", "two"]
+    assert list(read_documents(DataSource(kind="text", path=str(tmp_path), separator="---"))) == [
+        "one",
+        "two",
+    ]
 
 
 def test_parquet_shards_are_read(tmp_path: Path) -> None:

@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from qatapult.trainer.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # Weights alone are quantized here: an activation that lies between two codes flips with the last bit of a sum, and sums
 # are taken in another order by every engine. `test_ddp_with_quantized_activations` says how far that goes.
-CALM = ("quantization.activations=null", "qat.optimizer.learning_rate=1e-5", "qat.evaluate_every_tokens=1280", "qat.global_batch_tokens=256")
+CALM = (
+    "quantization.activations=null",
+    "qat.optimizer.learning_rate=1e-5",
+    "qat.evaluate_every_tokens=1280",
+    "qat.global_batch_tokens=256",
+)
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -35,7 +41,9 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def command(engine: str, processes: int, folder: Path, overrides: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
+def command(
+    engine: str, processes: int, folder: Path, overrides: tuple[str, ...]
+) -> tuple[list[str], dict[str, str]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     worker = [str(HERE / "engine_worker.py"), str(folder), engine, *overrides]
     if processes == 1:
@@ -123,7 +131,11 @@ def test_a_killed_run_goes_on(engine: str, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     arguments, environment = command(engine, 2, folder, (*CALM, "qat.checkpoints.every_tokens=512"))
     process = subprocess.Popen(
-        arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        arguments,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 200
     while len(losses(folder)) < 4:

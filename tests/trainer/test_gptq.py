@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from qatapult.kernels import Scheme, choose_range, dequantize, quantize
 from qatapult.trainer.data.blocks import load_data
 from qatapult.trainer.models import load_model, load_tokenizer

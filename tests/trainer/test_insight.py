@@ -14,13 +14,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
 from qatapult.kernels import Scheme, choose_range, dequantize, quantize
 from qatapult.trainer.insight import activations, importance, scales, weights
 from qatapult.trainer.insight.sentences import claims
 from qatapult.trainer.models import load_model
 from qatapult.trainer.quantize.prepare import prepare, quant_layers
 from qatapult.trainer.recipe.schema import Model, Quantization, TensorScheme
-from transformers import PreTrainedModel
 
 SCHEMES = [
     Scheme(bits=4, granularity="channel"),

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from qatapult.trainer.loop.blockwise import train_blockwise
 from qatapult.trainer.loop.optimizer import build_optimizer, select_trainable
 from qatapult.trainer.models import load_model
@@ -14,7 +16,6 @@ from qatapult.trainer.quantize.convert import convert
 from qatapult.trainer.quantize.prepare import prepare, quant_layers
 from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.recipe.schema import Recipe
-from torch import nn
 
 
 def small(*overrides: str) -> tuple[Recipe, nn.Module, nn.Module, torch.Tensor]:

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
 from qatapult.trainer.models import check_model, load_model, load_tokenizer
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Model

@@ -14,7 +14,9 @@ def run(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_folder_kernels_at_the_root_does_not_break_transformers() -> None:
-    done = run("import transformers, kernels; from transformers import AutoModelForCausalLM; print(kernels.__file__)")
+    done = run(
+        "import transformers, kernels; from transformers import AutoModelForCausalLM; print(kernels.__file__)"
+    )
     assert done.returncode == 0, done.stderr
     assert not (ROOT / "qatapult").exists()
 
@@ -31,7 +33,9 @@ def test_kernels_import_needs_no_triton_and_no_gpu() -> None:
 
 def test_launch_never_imports_torch() -> None:
     code = "import sys, pkgutil, importlib, qatapult.launch as l\n"
-    code += "[importlib.import_module(f'qatapult.launch.{m.name}') for m in pkgutil.iter_modules(l.__path__)]\n"
+    code += (
+        "[importlib.import_module(f'qatapult.launch.{m.name}') for m in pkgutil.iter_modules(l.__path__)]\n"
+    )
     code += "print('torch' in sys.modules)"
     done = run(code)
     assert done.stdout.strip().endswith("False"), done.stderr

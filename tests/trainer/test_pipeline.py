@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from qatapult.trainer.run_folder import RunFolder
 
 RECIPE = "tiny-random-w4a8"
@@ -46,7 +47,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 def test_a_run_leaves_everything_that_the_design_names(finished: RunFolder) -> None:
     assert finished.finished() == ["baseline", "ptq", "qat", "packed", "export", "report"]
-    for path in (finished.recipe, finished.environment, finished.metrics, finished.report_json, finished.report_html):
+    for path in (
+        finished.recipe,
+        finished.environment,
+        finished.metrics,
+        finished.report_json,
+        finished.report_html,
+    ):
         assert path.stat().st_size > 0
     report = json.loads(finished.report_json.read_text())
     figures = report["metrics"]["perplexity"]
@@ -70,7 +77,9 @@ def test_packed_model_is_the_trained_one_in_integers(finished: RunFolder) -> Non
 
 
 def test_the_same_command_again_does_nothing_twice(finished: RunFolder) -> None:
-    before = {path: path.stat().st_mtime_ns for path in (finished.path / "stages").rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns for path in (finished.path / "stages").rglob("*") if path.is_file()
+    }
     again = train(finished.path.parent)
     assert again.returncode == 0
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -85,7 +94,9 @@ def test_another_recipe_in_the_same_folder_is_refused_with_the_difference(finish
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_goes_on_bit_for_bit(finished: RunFolder, tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    finished: RunFolder, tmp_path: Path, number: signal.Signals
+) -> None:
     run = RunFolder(tmp_path / RECIPE)
     process = subprocess.Popen(
         command(tmp_path), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

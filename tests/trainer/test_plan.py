@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
+
 from qatapult.trainer.cli import app
 from qatapult.trainer.plan.accelerate_config import accelerate_config, deepspeed_config
 from qatapult.trainer.plan.calibrate import calibrate
@@ -19,7 +21,6 @@ from qatapult.trainer.plan.settings import Setting
 from qatapult.trainer.plan.speed import flops_per_token
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Model, Recipe
-from typer.testing import CliRunner
 
 GIGA = 1e9
 
@@ -213,10 +214,11 @@ def test_saved_bytes_are_those_that_autograd_saves(integer: bool, autocast: bool
 
 def _saved_bytes(made: Recipe, layers: int, tokens: int, autocast: bool) -> int:
     import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     from qatapult.trainer.loop.optimizer import select_trainable
     from qatapult.trainer.quantize.prepare import prepare, quant_layers
     from qatapult.trainer.shapes import RANDOM_SHAPES
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**RANDOM_SHAPES["tiny"] | {"num_hidden_layers": layers})
     model = AutoModelForCausalLM.from_config(config)

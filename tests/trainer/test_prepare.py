@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from qatapult.trainer.models import load_model
 from qatapult.trainer.quantize.clipping import calibrate_clips
 from qatapult.trainer.quantize.convert import PackedLinear, convert, packed_layers
@@ -13,7 +15,6 @@ from qatapult.trainer.quantize.modules import QuantConv2d, QuantEmbedding, Quant
 from qatapult.trainer.quantize.prepare import prepare, quant_layers
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Model, Quantization
-from torch import nn
 
 
 def tiny(source: str = "random:tiny") -> nn.Module:
@@ -44,7 +45,12 @@ def test_tied_embeddings_stay_tied() -> None:
 def test_packed_model_equals_the_trained_one(
     bits: int, symmetric: bool, group: int | None, activations: dict[str, object] | None
 ) -> None:
-    weights = {"bits": bits, "symmetric": symmetric, "granularity": "group" if group else "channel", "group_size": group}
+    weights = {
+        "bits": bits,
+        "symmetric": symmetric,
+        "granularity": "group" if group else "channel",
+        "group_size": group,
+    }
     model = tiny()
     prepare(model, Quantization(weights=weights, activations=activations))
     codes = {name: layer.codes() for name, layer in quant_layers(model).items()}

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_model as load_tensors
+from safetensors.torch import save_model
+from torch import nn
+
 from qatapult.trainer.models import load_model
 from qatapult.trainer.quantize.prepare import prepare, quant_layers
 from qatapult.trainer.quantize.ptq import awq, hadamard, smoothquant, spinquant
@@ -16,9 +20,6 @@ from qatapult.trainer.quantize.ptq.rotation import fold_norms, random_hadamard, 
 from qatapult.trainer.quantize.ptq.rotation import hadamard as hadamard_matrix
 from qatapult.trainer.recipe import schema
 from qatapult.trainer.recipe.errors import UserError
-from safetensors.torch import load_model as load_tensors
-from safetensors.torch import save_model
-from torch import nn
 
 Grid = schema.TensorScheme
 

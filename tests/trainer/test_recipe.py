@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import differences, dump_recipe, load_recipe, shipped_recipes
 
@@ -21,7 +22,11 @@ def test_every_shipped_recipe_is_whole(name: str) -> None:
 
 
 def test_extends_and_overrides_win_in_order(tmp_path: Path) -> None:
-    write(tmp_path, "base.yaml", "name: base\nmodel: {source: 'random:tiny'}\nqat: {tokens: 1000, batch_size: 4}\n")
+    write(
+        tmp_path,
+        "base.yaml",
+        "name: base\nmodel: {source: 'random:tiny'}\nqat: {tokens: 1000, batch_size: 4}\n",
+    )
     child = write(tmp_path, "child.yaml", "extends: base.yaml\nname: child\nqat: {tokens: 2000}\n")
     recipe = load_recipe(child, ["qat.optimizer.learning_rate=3e-4"])
     assert (recipe.name, recipe.qat.tokens, recipe.qat.batch_size) == ("child", 2000, 4)

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import pytest
+
 from qatapult.trainer.report import write_report
 from qatapult.trainer.report.curves import Curve, phases, read_curves
 from qatapult.trainer.report.summary import describe_format, summarize

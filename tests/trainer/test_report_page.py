@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+
 from qatapult.trainer.report.compare import compare, write_comparison
 from qatapult.trainer.report.curves import read_curves
 from qatapult.trainer.report.html import write_html

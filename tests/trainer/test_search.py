@@ -13,6 +13,8 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
+
 from qatapult.trainer.cli import app
 from qatapult.trainer.console import Console
 from qatapult.trainer.models import load_model
@@ -31,7 +33,6 @@ from qatapult.trainer.search.run import SearchSettings, search
 from qatapult.trainer.search.sensitivity import fisher_costs, hessian_costs, slope_costs
 from qatapult.trainer.search.show import overrides, write_result
 from qatapult.trainer.search.switching import SwitchingModel
-from typer.testing import CliRunner
 
 
 def recipe(**quantization: object) -> Recipe:

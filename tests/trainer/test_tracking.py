@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import wandb
 from accelerate import Accelerator
+from typer.testing import CliRunner
+
 from qatapult.trainer.cli import app
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import load_recipe
@@ -24,7 +26,6 @@ from qatapult.trainer.recipe.schema import Recipe
 from qatapult.trainer.run_folder import RunFolder
 from qatapult.trainer.tracking import wandb_run
 from qatapult.trainer.tracking.trackers import Tracking, run_id
-from typer.testing import CliRunner
 
 Fixture = Any
 _BLOCK, _HEADER = 32768, 7

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from qatapult.trainer.commands.recipe import OverridesArgument, RecipeArgument
 
 
@@ -66,6 +67,8 @@ def advise(
 
     Example: qatapult advise smollm2-135m-w4a8 --scenario cloud --serving-cost 100000
     """
+    from rich.console import Console
+
     from qatapult.trainer.plan.advice import advise as judge
     from qatapult.trainer.plan.advice import situation_of
     from qatapult.trainer.plan.evidence import measured, published
@@ -73,7 +76,6 @@ def advise(
     from qatapult.trainer.plan.measure_ptq import measure_ptq
     from qatapult.trainer.plan.show_advice import matrix_table, plot_advice, print_advice
     from qatapult.trainer.recipe.loading import load_recipe
-    from rich.console import Console
 
     console = Console(width=None if Console().is_terminal else 150)
     if matrix:

@@ -6,6 +6,7 @@ import json
 from typing import Annotated
 
 import typer
+
 from qatapult.trainer.commands.report import RunArgument, open_run
 from qatapult.trainer.recipe.errors import UserError
 

@@ -46,7 +46,9 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     typer.echo(f"  model        {loaded.model.source}")
     typer.echo(f"  weights      {weights}")
     typer.echo(f"  activations  {activations}")
-    typer.echo(f"  training     {loaded.qat.method}, {loaded.qat.tokens:,} tokens, {loaded.qat.distillation.kind}")
+    typer.echo(
+        f"  training     {loaded.qat.method}, {loaded.qat.tokens:,} tokens, {loaded.qat.distillation.kind}"
+    )
 
 
 def list_shipped() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from qatapult.trainer.run_folder import RunFolder
 
 RunArgument = Annotated[str, typer.Argument(help="A run's name or folder.", metavar="RUN")]

@@ -82,7 +82,9 @@ def cache(
 def write(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    out: Annotated[Path, typer.Option(help="JSONL file; one that exists is gone on with.")] = Path("teacher.jsonl"),
+    out: Annotated[Path, typer.Option(help="JSONL file; one that exists is gone on with.")] = Path(
+        "teacher.jsonl"
+    ),
     documents: Annotated[int, typer.Option(min=1, help="Documents in the file.")] = 256,
     tokens: Annotated[int, typer.Option(min=2, help="Longest document.")] = 512,
 ) -> None:
@@ -101,6 +103,12 @@ def write(
     teacher = load_model(loaded.model).to(PartialState().device)
     with Console().progress(documents, "writing") as meter:
         write_documents(
-            teacher, load_tokenizer(loaded.model), out, documents, tokens, loaded.seed, on_progress=meter.update
+            teacher,
+            load_tokenizer(loaded.model),
+            out,
+            documents,
+            tokens,
+            loaded.seed,
+            on_progress=meter.update,
         )
     typer.echo(f"{out}: train with data.train=[{{kind: jsonl, path: {out}}}]")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+
 from qatapult.trainer.recipe.errors import UserError
 
 
@@ -26,6 +27,7 @@ def dashboard(
     """
     try:
         import wandb
+
         from qatapult.trainer.tracking.wandb_pages import build_report, build_workspace
     except ImportError:
         raise UserError("wandb is not installed: pip install 'qatapult[wandb]'") from None

@@ -99,9 +99,7 @@ def _tokens_needed(recipe: Recipe, source: DataSource) -> int:
     return int((max(recipe.qat.tokens, calibration) * share + recipe.data.block_size) * held_out)
 
 
-def _until_enough(
-    documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, tokens: int
-) -> Iterator[str]:
+def _until_enough(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[str]:
     """Read a stream until it has given so many tokens."""
     for document in documents:
         yield document

@@ -81,7 +81,9 @@ def _files(source: DataSource) -> list[Path]:
     assert source.path is not None
     path = Path(source.path).expanduser()
     if path.is_dir():
-        suffixes = {"text": (".txt", ".md"), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}[source.kind]
+        suffixes = {"text": (".txt", ".md"), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}[
+            source.kind
+        ]
         files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
     else:
         files = [Path(name) for name in sorted(glob.glob(str(path)))]
@@ -151,7 +153,9 @@ def _data_set(source: DataSource, skip_broken: bool) -> Iterator[str]:
     try:
         if source.kind == "parquet":
             files = [str(file) for file in _files(source) if _is_parquet(file, skip_broken)]
-            rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=source.streaming)
+            rows = datasets.load_dataset(
+                "parquet", data_files=files, split="train", streaming=source.streaming
+            )
         else:
             rows = datasets.load_dataset(
                 str(source.path), source.subset, split=source.split, streaming=source.streaming
@@ -159,7 +163,9 @@ def _data_set(source: DataSource, skip_broken: bool) -> Iterator[str]:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"data: {source.path!r} cannot be loaded: {str(error).splitlines()[0][:200]}") from None
+        raise UserError(
+            f"data: {source.path!r} cannot be loaded: {str(error).splitlines()[0][:200]}"
+        ) from None
     for number, row in enumerate(rows):
         yield _text_field(row, source.field, f"{source.path}[{number}]")
 
@@ -174,6 +180,8 @@ def _is_parquet(file: Path, skip_broken: bool) -> bool:
     except (pa.ArrowInvalid, OSError):
         if not skip_broken:
             raise UserError(f"data: {str(file)!r} is not a whole Parquet file") from None
-        warnings.warn(f"data: {str(file)!r} is not a whole Parquet file; it is left out", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"data: {str(file)!r} is not a whole Parquet file; it is left out", RuntimeWarning, stacklevel=2
+        )
         return False
     return True

@@ -98,7 +98,9 @@ def write_cache(
         part = blocks[shard * layout.shard_blocks : (shard + 1) * layout.shard_blocks]
         if not _checksum_file(folder, shard).exists():
             entries = [top_k(teacher, ids, layout.k, layout.temperature) for ids in part.split(batch_size)]
-            _write_shard(folder, shard, layout, *(torch.cat(tensors) for tensors in zip(*entries, strict=True)))
+            _write_shard(
+                folder, shard, layout, *(torch.cat(tensors) for tensors in zip(*entries, strict=True))
+            )
         done += len(part)
         if on_progress:
             on_progress(done)
@@ -145,7 +147,9 @@ class CachedTeacher:
     def __init__(self, folder: Path, fingerprint: str, temperature: float, device: torch.device) -> None:
         self.layout = read_layout(folder)
         if self.layout.fingerprint != fingerprint:
-            raise UserError(f"qat.distillation.cache {folder}: was written for other tokens; write it for this recipe")
+            raise UserError(
+                f"qat.distillation.cache {folder}: was written for other tokens; write it for this recipe"
+            )
         if self.layout.temperature != temperature:
             raise UserError(
                 f"qat.distillation.cache {folder}: was written at temperature {self.layout.temperature:g}, "
@@ -194,9 +198,13 @@ def verify_cache(folder: Path) -> None:
     for shard in range(read_layout(folder).shards):
         file, checksum = _shard_file(folder, shard), _checksum_file(folder, shard)
         if not checksum.exists() or not file.exists():
-            raise UserError(f"{file} is missing; run `qatapult teacher cache` again, it goes on where it stopped")
+            raise UserError(
+                f"{file} is missing; run `qatapult teacher cache` again, it goes on where it stopped"
+            )
         if _checksum(file) != checksum.read_text(encoding="utf-8").strip():
-            raise UserError(f"{file} is damaged; remove it and {checksum.name}, and run `qatapult teacher cache` again")
+            raise UserError(
+                f"{file} is damaged; remove it and {checksum.name}, and run `qatapult teacher cache` again"
+            )
 
 
 def _start(folder: Path, layout: CacheFormat, rank: int) -> None:

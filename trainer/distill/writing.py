@@ -64,7 +64,9 @@ def _whole_batches(file: Path, batch_size: int) -> int:
     """Lines of the whole batches in a file; what a crash left beyond them is cut off."""
     if not file.exists():
         return 0
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    lines = [
+        line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
     whole = len(lines) // batch_size * batch_size
     file.write_text("".join(lines[:whole]), encoding="utf-8")
     return whole

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from qatapult.kernels import Scheme, fake_quantize_dynamic
 from qatapult.trainer.evaluate.perplexity import decoder, last_hidden
 from qatapult.trainer.quantize.modules import QuantizedWeight
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 #: A channel is an outlier if its largest magnitude is so many times the median channel's.
 OUTLIER = 6.0

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from qatapult.trainer.evaluate.perplexity import last_hidden, perplexity
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
+
+from qatapult.trainer.evaluate.perplexity import last_hidden, perplexity
 
 #: Shares of the neurons that the pruning experiment switches off.
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)

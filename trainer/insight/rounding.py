@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from qatapult.trainer.quantize.prepare import quant_layers
 from torch import nn
+
+from qatapult.trainer.quantize.prepare import quant_layers
 
 
 @torch.no_grad()

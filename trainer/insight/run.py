@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from qatapult.kernels import quantize
 from qatapult.trainer.console import Console
 from qatapult.trainer.context import Context
@@ -23,9 +27,6 @@ from qatapult.trainer.run_folder import RunFolder, write_json
 from qatapult.trainer.stages.ptq import load_quantized
 from qatapult.trainer.stages.qat import load_trained
 from qatapult.trainer.tracking.trackers import Tracking
-from safetensors import safe_open
-from torch import Tensor
-from transformers import PreTrainedModel
 
 Part = Literal["weights", "activations", "importance", "scales"]
 PARTS: tuple[Part, ...] = ("weights", "activations", "importance", "scales")

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from qatapult.trainer.evaluate.perplexity import perplexity
-from qatapult.trainer.quantize.modules import QuantizedWeight
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from qatapult.trainer.evaluate.perplexity import perplexity
+from qatapult.trainer.quantize.modules import QuantizedWeight
 
 #: A scale has moved if it changed by more than this share.
 MOVED = 0.05

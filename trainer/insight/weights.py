@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from qatapult.kernels import Scheme, choose_range
 from qatapult.trainer.quantize.modules import QuantizedWeight
-from torch import Tensor
 
 #: A weight is near a grid point within so many steps; of uniform weights twice as many are.
 NEAR = 0.1

@@ -12,6 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from transformers import PreTrainedModel
+
 from qatapult.trainer.loop.optimizer import build_optimizer
 from qatapult.trainer.loop.schedules import rate_factor
 from qatapult.trainer.quantize.prepare import quant_layers
@@ -22,9 +26,6 @@ from qatapult.trainer.quantize.ptq.calibration import (
     spread_blocks,
 )
 from qatapult.trainer.recipe.schema import Recipe
-from torch import Tensor, nn
-from torch.nn.functional import mse_loss
-from transformers import PreTrainedModel
 
 
 def train_blockwise(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+
 from qatapult.launch.owner import Owner
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.run_folder import write_json

@@ -81,7 +81,11 @@ def configure_forward(model: PreTrainedModel, qat: Qat) -> None:
     """Gradient checkpointing, and which products the quantized layers compute."""
     if qat.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    modes: dict[bool | str, Literal["auto", "integer", "fake"]] = {True: "integer", False: "fake", "auto": "auto"}
+    modes: dict[bool | str, Literal["auto", "integer", "fake"]] = {
+        True: "integer",
+        False: "fake",
+        "auto": "auto",
+    }
     for layer in quant_layers(model).values():
         layer.integer_forward = modes[qat.integer_forward]
 

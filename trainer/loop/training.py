@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from qatapult.trainer.console import Console
 from qatapult.trainer.data.blocks import TokenizedData
 from qatapult.trainer.distill.student import LossParts, Student
@@ -38,8 +41,6 @@ from qatapult.trainer.loop.schedules import rate_factor
 from qatapult.trainer.loop.watchdog import Watchdog
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Recipe
-from torch import Tensor
-from transformers import PreTrainedModel
 
 _EVALUATION_BATCH = 4
 

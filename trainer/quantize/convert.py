@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from qatapult.kernels import PreparedWeight, Scheme, pack, packed_linear, prepare_weight
 from qatapult.trainer.quantize.modules import QuantizedWeight, QuantLinear
 from qatapult.trainer.quantize.prepare import quant_layers
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 class PackedLinear(nn.Module):
@@ -49,7 +52,9 @@ class PackedLinear(nn.Module):
         zero_point = None if weight_zero_point is None else weight_zero_point.detach().round()
         self.register_buffer("weight_zero_point", zero_point)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self.register_buffer("activation_clip", None if activation_clip is None else activation_clip.detach().clone())
+        self.register_buffer(
+            "activation_clip", None if activation_clip is None else activation_clip.detach().clone()
+        )
         self.calls = 0
         self._prepared: PreparedWeight | None = None
 
@@ -108,7 +113,7 @@ class PackedLinear(nn.Module):
 
 
 @torch.no_grad()
-def convert(model: nn.Module, in_place: bool = False) -> nn.Module:
+def convert(model: AnyModule, in_place: bool = False) -> AnyModule:
     """Replace the quantized linears of a prepared model by packed ones.
 
     Embeddings, convolutions and linears with full-precision weights are replaced by ordinary layers that hold the

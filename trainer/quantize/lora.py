@@ -10,8 +10,9 @@ The base weights are frozen, so optimizer state and gradients are those of the a
 from __future__ import annotations
 
 import torch
-from qatapult.trainer.quantize.modules import QuantLinear
 from torch import Tensor, nn
+
+from qatapult.trainer.quantize.modules import QuantLinear
 
 #: Names that adapters have beside a layer's weight.
 DOWN, UP = "lora_down", "lora_up"

@@ -98,7 +98,9 @@ class QuantizedWeight(nn.Module):
         scale = self.weight_scale.clamp(min=_SMALLEST_SCALE)
         if self.weight_scheme.scale_dtype != "float32":
             # Straight through: the rounding to the stored dtype must not stop the gradient.
-            scale = scale + (scale.to(getattr(torch, self.weight_scheme.scale_dtype)).float() - scale).detach()
+            scale = (
+                scale + (scale.to(getattr(torch, self.weight_scheme.scale_dtype)).float() - scale).detach()
+            )
         return scale, self.weight_zero_point
 
     def fake_quantized_weight(self) -> Tensor:

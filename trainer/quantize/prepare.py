@@ -137,4 +137,6 @@ def _check_group(name: str, module: nn.Module, scheme: Scheme | None) -> None:
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern) for pattern in patterns)
+    return any(
+        fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern) for pattern in patterns
+    )

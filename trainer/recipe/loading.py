@@ -53,7 +53,9 @@ def dump_recipe(recipe: Recipe) -> str:
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = files("qatapult.configs") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:

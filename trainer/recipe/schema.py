@@ -36,7 +36,9 @@ class Model(Section):
     tokenizer: str | None = Field(
         None, description="Where the tokenizer comes from, if not from the model's own source."
     )
-    allow_pickle: bool = Field(False, description="Also read `.bin` weights, which are pickles and can run code.")
+    allow_pickle: bool = Field(
+        False, description="Also read `.bin` weights, which are pickles and can run code."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the checkpoint.")
 
 
@@ -52,9 +54,12 @@ class DataSource(Section):
     subset: str | None = Field(None, description="Configuration name of a hub data set.")
     split: str = Field("train", description="Split of a hub data set.")
     field: str = Field("text", description="Column that holds the text (JSONL, Parquet, hub).")
-    separator: str | None = Field(None, description="What separates documents in a text file; blank lines if absent.")
+    separator: str | None = Field(
+        None, description="What separates documents in a text file; blank lines if absent."
+    )
     streaming: bool = Field(
-        False, description="Read no more of the source than the run needs; hub data sets and Parquet are streamed."
+        False,
+        description="Read no more of the source than the run needs; hub data sets and Parquet are streamed.",
     )
     weight: float = Field(1.0, gt=0, description="Share of this source in a mixture, relative to the others.")
     documents: Positive | None = Field(None, description="Use at most so many documents.")
@@ -71,7 +76,9 @@ class Data(Section):
     """Text to train on and text to judge by. The split is by document and never changes with the seed."""
 
     train: list[DataSource] = Field(
-        default=[DataSource(kind="cpython_docs")], min_length=1, description="One source, or a weighted mixture."
+        default=[DataSource(kind="cpython_docs")],
+        min_length=1,
+        description="One source, or a weighted mixture.",
     )
     held_out: DataSource | None = Field(
         None, description="Where held-out documents come from; by default a share of the training documents."
@@ -82,9 +89,7 @@ class Data(Section):
     block_size: int = Field(512, ge=8, description="Tokens a block.")
     evaluation_blocks: Positive = Field(16, description="Held-out blocks that the perplexity is measured on.")
     shuffle: bool = Field(True, description="Shuffle blocks anew in each pass over the data.")
-    fraction: float = Field(
-        1.0, gt=0, le=1, description="Share of the training blocks to use."
-    )
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the training blocks to use.")
     on_broken_shard: Literal["refuse", "skip"] = Field(
         "refuse", description="What to do with a data shard that cannot be read."
     )
@@ -100,11 +105,19 @@ class TensorScheme(Section):
 
     bits: float = Field(description="8, 4, 3, 2, 1.58 (ternary) or 1 (binary).")
     granularity: Granularity = Field("channel", description="`tensor`, `channel`, `group` or `token`.")
-    group_size: int | None = Field(None, description="Neighbours that share a scale, with granularity `group`.")
+    group_size: int | None = Field(
+        None, description="Neighbours that share a scale, with granularity `group`."
+    )
     symmetric: bool = Field(True, description="No zero point.")
-    grid: Grid = Field("integer", description="`integer`, or `stretched` (levels at half-integers) for 2 bits and less.")
-    range: RangeMethod = Field("minmax", description="How a scale is chosen: `minmax`, `mse`, `percentile`, `absmean`.")
-    percentile: float = Field(0.999, description="Share of magnitudes inside the range, for range `percentile`.")
+    grid: Grid = Field(
+        "integer", description="`integer`, or `stretched` (levels at half-integers) for 2 bits and less."
+    )
+    range: RangeMethod = Field(
+        "minmax", description="How a scale is chosen: `minmax`, `mse`, `percentile`, `absmean`."
+    )
+    percentile: float = Field(
+        0.999, description="Share of magnitudes inside the range, for range `percentile`."
+    )
     scale_dtype: ScaleDtype = Field("float32", description="The dtype in which the deployment stores scales.")
 
     @property
@@ -131,13 +144,17 @@ class Override(Section):
     """Another grid for the layers whose names match; the last match wins."""
 
     match: str = Field(description="Shell pattern over module names, such as `model.layers.*.mlp.down_proj`.")
-    weights: TensorScheme | None = Field(None, description="Their weights' grid; absent means full precision.")
-    activations: TensorScheme | None | Literal["same"] = Field(
+    weights: TensorScheme | None = Field(
+        None, description="Their weights' grid; absent means full precision."
+    )
+    activations: TensorScheme | Literal["same"] | None = Field(
         "same", description="Their inputs' grid; `same` keeps the recipe's."
     )
 
 
-Deployment = Literal["native", "compressed-tensors", "gguf-q4_0", "gguf-q8_0", "gguf-q4_1", "gguf-q2_k", "torchao"]
+Deployment = Literal[
+    "native", "compressed-tensors", "gguf-q4_0", "gguf-q8_0", "gguf-q4_1", "gguf-q2_k", "torchao"
+]
 
 
 class Quantization(Section):
@@ -147,14 +164,20 @@ class Quantization(Section):
         TensorScheme(bits=4), description="Grid of the weights; `null` leaves them in full precision."
     )
     activations: TensorScheme | None = Field(
-        TensorScheme(bits=8, granularity="token"), description="Grid of the linears' inputs; `null` for weight-only."
+        TensorScheme(bits=8, granularity="token"),
+        description="Grid of the linears' inputs; `null` for weight-only.",
     )
     kv_cache: TensorScheme | None = Field(None, description="Grid of keys and values, per token and head.")
     embeddings: TensorScheme | None = Field(None, description="Grid of the embedding table.")
-    skip: tuple[str, ...] = Field(("lm_head",), description="Shell patterns of modules left in full precision.")
-    overrides: tuple[Override, ...] = Field((), description="Exceptions by layer, as `qatapult search` writes them.")
+    skip: tuple[str, ...] = Field(
+        ("lm_head",), description="Shell patterns of modules left in full precision."
+    )
+    overrides: tuple[Override, ...] = Field(
+        (), description="Exceptions by layer, as `qatapult search` writes them."
+    )
     deployment: Deployment = Field(
-        "native", description="Format that the result is served in; its grid is then used from the first step on."
+        "native",
+        description="Format that the result is served in; its grid is then used from the first step on.",
     )
 
     @model_validator(mode="before")
@@ -186,7 +209,9 @@ class Quantization(Section):
 class Calibration(Section):
     """Text that post-training methods look at."""
 
-    blocks: Positive = Field(64, description="Blocks of `data.block_size` tokens, from the training documents.")
+    blocks: Positive = Field(
+        64, description="Blocks of `data.block_size` tokens, from the training documents."
+    )
 
 
 PtqMethod = Literal["rtn", "mse", "percentile", "gptq", "awq", "smoothquant", "hadamard", "spinquant"]
@@ -202,22 +227,28 @@ class Ptq(Section):
         "best", description="The result that training starts from."
     )
     calibration: Calibration = Field(Calibration(), description="Calibration text.")
-    damping: float = Field(0.01, gt=0, description="GPTQ: share of the mean Hessian diagonal that is added to it.")
+    damping: float = Field(
+        0.01, gt=0, description="GPTQ: share of the mean Hessian diagonal that is added to it."
+    )
     act_order: bool = Field(True, description="GPTQ: columns in falling order of the Hessian's diagonal.")
-    smoothing: Fraction = Field(0.5, description="SmoothQuant: share of the difficulty moved into the weights.")
+    smoothing: Fraction = Field(
+        0.5, description="SmoothQuant: share of the difficulty moved into the weights."
+    )
 
 
 class Distillation(Section):
     """What the student is trained against."""
 
     kind: Literal["forward_kl", "reverse_kl", "jsd", "none"] = Field(
-        "forward_kl", description="Divergence from the teacher's distribution; `none` trains on the text alone."
+        "forward_kl",
+        description="Divergence from the teacher's distribution; `none` trains on the text alone.",
     )
     temperature: float = Field(1.0, gt=0, description="Softens both distributions.")
     beta: Fraction = Field(0.5, description="Mixing weight of the generalized Jensen-Shannon divergence.")
     cross_entropy: Fraction = Field(0.0, description="Weight of the next-token loss mixed in.")
     teacher: str | None = Field(
-        None, description="Another model to distil from (same tokenizer); by default the full-precision model."
+        None,
+        description="Another model to distil from (same tokenizer); by default the full-precision model.",
     )
     cache: str | None = Field(None, description="Folder of cached teacher logits; then no teacher is loaded.")
 
@@ -232,9 +263,13 @@ class Phase(Section):
 class Schedule(Section):
     """When what is quantized."""
 
-    phases: tuple[Phase, ...] = Field((), description="Progressive quantization; the last phase is the target.")
+    phases: tuple[Phase, ...] = Field(
+        (), description="Progressive quantization; the last phase is the target."
+    )
     weights_start: Fraction = Field(0.0, description="Share of the tokens before weights are quantized.")
-    activations_start: Fraction = Field(0.0, description="Share of the tokens before activations are quantized.")
+    activations_start: Fraction = Field(
+        0.0, description="Share of the tokens before activations are quantized."
+    )
 
     @model_validator(mode="after")
     def _fractions_add_up(self) -> Schedule:
@@ -254,7 +289,9 @@ class Optimizer(Section):
         "auto", description="Peak rate of scales and zero points, relative to each scale's size."
     )
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates.")
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of the weights; scales have none.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled weight decay of the weights; scales have none."
+    )
     warmup: Fraction = Field(0.05, description="Share of the steps with a rising rate.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the rate falls.")
     final: Fraction = Field(0.0, description="Last rate, as a share of the peak.")
@@ -264,16 +301,22 @@ class Optimizer(Section):
 class Guards(Section):
     """What happens when training goes wrong."""
 
-    max_skipped_steps: Positive = Field(3, description="Steps in a row with NaN or inf before the run rolls back.")
+    max_skipped_steps: Positive = Field(
+        3, description="Steps in a row with NaN or inf before the run rolls back."
+    )
     max_rollbacks: Positive = Field(3, description="Rollbacks before the run stops.")
     rollback_learning_rate: float = Field(0.5, gt=0, le=1, description="Factor on the rate at each rollback.")
-    hang_timeout: Positive = Field(1800, description="Seconds without a step before the watchdog names the rank.")
+    hang_timeout: Positive = Field(
+        1800, description="Seconds without a step before the watchdog names the rank."
+    )
 
 
 class Checkpoints(Section):
     """What is kept, and how often."""
 
-    every_tokens: Positive | None = Field(None, description="Tokens between checkpoints; by default at evaluations.")
+    every_tokens: Positive | None = Field(
+        None, description="Tokens between checkpoints; by default at evaluations."
+    )
     every_seconds: Positive = Field(600, description="Longest time between checkpoints.")
     keep: Positive = Field(2, description="Newest checkpoints to keep, besides the best.")
 
@@ -285,20 +328,26 @@ Trainable = Literal["all", "linears", "scales", "lora"]
 class Qat(Section):
     """Quantization-aware training."""
 
-    method: QatMethod = Field("lsq", description="How scales come about: learned (LSQ), or from the weights each step.")
+    method: QatMethod = Field(
+        "lsq", description="How scales come about: learned (LSQ), or from the weights each step."
+    )
     trainable: Trainable = Field(
-        "linears", description="`linears` (with their scales), `all` (embeddings and norms too), `scales`, or `lora`."
+        "linears",
+        description="`linears` (with their scales), `all` (embeddings and norms too), `scales`, or `lora`.",
     )
     tokens: Positive = Field(61_440, description="Training length in tokens, all processes together.")
     batch_size: Positive = Field(2, description="Blocks a process computes at a time.")
     global_batch_tokens: Positive | None = Field(
-        None, description="Tokens an optimizer step, all processes together; by default one batch of one process."
+        None,
+        description="Tokens an optimizer step, all processes together; by default one batch of one process.",
     )
     distillation: Distillation = Field(Distillation(), description="The loss.")
     optimizer: Optimizer = Field(Optimizer(), description="The optimizer.")
     schedule: Schedule = Field(Schedule(), description="Delayed or progressive quantization.")
     blockwise_tokens: int = Field(
-        0, ge=0, description="Tokens for a first phase that trains block by block against the teacher's blocks."
+        0,
+        ge=0,
+        description="Tokens for a first phase that trains block by block against the teacher's blocks.",
     )
     lora_rank: Positive = Field(16, description="Rank of the adapters, for trainable `lora`.")
     integer_forward: bool | Literal["auto"] = Field(
@@ -327,7 +376,9 @@ class Evaluation(Section):
     tasks: tuple[str, ...] = Field((), description="lm-eval tasks by name, or folders with task YAML.")
     limit: Positive | None = Field(None, description="Documents a task.")
     bootstrap: Positive = Field(1000, description="Resamples for the recovery's interval.")
-    generate: Positive | None = Field(None, description="Tokens of sample text in the report; none if absent.")
+    generate: Positive | None = Field(
+        None, description="Tokens of sample text in the report; none if absent."
+    )
 
 
 class Tracking(Section):
@@ -359,7 +410,9 @@ def check_combination(recipe: Recipe) -> None:
     if qat.method == "pact" and activations is None:
         raise ValueError("qat.method 'pact' learns activation clips; set quantization.activations")
     if qat.method in ("minmax", "ternary") and qat.trainable == "scales":
-        raise ValueError(f"qat.trainable 'scales' does not go with qat.method '{qat.method}', which learns none")
+        raise ValueError(
+            f"qat.trainable 'scales' does not go with qat.method '{qat.method}', which learns none"
+        )
     phases = qat.schedule.phases
     if phases and weights is not None and phases[-1].weights.scheme != weights.scheme:
         raise ValueError("qat.schedule.phases must end at quantization.weights, the grid that is deployed")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from qatapult.trainer.report.curves import Curve, Curves, phases
 from qatapult.trainer.report.inside import chapter
 from qatapult.trainer.report.pages import SELF_CONTAINED, compressed_plotly, json_block, templates

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
+
 from qatapult.trainer.report.curves import Curves, phases
 from qatapult.trainer.report.inside import MODELS
 

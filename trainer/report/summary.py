@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from qatapult.trainer.report.recovery import Losses, Recovery, perplexity_recovery, recovery, task_recovery
 from qatapult.trainer.report.text import number, percent
 from qatapult.trainer.run_folder import STAGES, RunFolder

@@ -6,15 +6,16 @@ import importlib
 from typing import Any
 
 import torch
+from safetensors.torch import load_model as load_tensors
+from safetensors.torch import save_model as save_tensors
+from transformers import PreTrainedModel
+
 from qatapult.trainer.context import Context
 from qatapult.trainer.insight.rounding import rounding
 from qatapult.trainer.quantize.clipping import calibrate_clips
 from qatapult.trainer.quantize.ptq.calibration import spread_blocks
 from qatapult.trainer.quantize.ptq.rotation import untie_for
 from qatapult.trainer.recipe.schema import PtqMethod, Quantization
-from safetensors.torch import load_model as load_tensors
-from safetensors.torch import save_model as save_tensors
-from transformers import PreTrainedModel
 
 #: Methods that round to the nearest grid point and differ in the range alone.
 _ROUND_TO_NEAREST = {"rtn": "minmax", "mse": "mse", "percentile": "percentile"}

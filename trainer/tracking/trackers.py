@@ -20,6 +20,7 @@ from qatapult.trainer.tracking import wandb_run
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
+
     from qatapult.trainer.recipe.schema import Recipe
 
 

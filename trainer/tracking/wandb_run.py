@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from accelerate.tracking import WandBTracker
+
 from qatapult.trainer.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -10,13 +10,14 @@ shrunk where that lowers the error further. Errors of outputs are computed from 
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from qatapult.kernels import Scheme, choose_range, dequantize
 from qatapult.kernels import quantize as quantize_codes
 from qatapult.trainer.quantize.modules import QuantizedWeight, QuantLinear
 from qatapult.trainer.quantize.ptq.calibration import full_precision, hessian_of, walk_blocks
 from qatapult.trainer.quantize.ptq.folding import Fold, folds_of, set_range
 from qatapult.trainer.recipe import schema
-from torch import Tensor, nn
 
 _EXPONENTS = tuple(step / 10 for step in range(11))
 _SHRINKS = tuple(1 - step * 0.05 for step in range(11))

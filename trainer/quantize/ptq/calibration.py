@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from qatapult.trainer.quantize.modules import QuantizedWeight
 from torch import Tensor, nn
+
+from qatapult.trainer.quantize.modules import QuantizedWeight
 
 # Token rows that are embedded at a time.
 _EMBED_ROWS = 8

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from qatapult.kernels import choose_range
 from qatapult.trainer.quantize.modules import QuantizedWeight
 from qatapult.trainer.recipe.errors import UserError
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

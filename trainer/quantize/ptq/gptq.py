@@ -13,6 +13,8 @@ import logging
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
+
 from qatapult import kernels
 from qatapult.kernels import Scheme
 from qatapult.trainer.quantize.modules import QuantLinear
@@ -20,7 +22,6 @@ from qatapult.trainer.quantize.ptq.calibration import hessian_of, walk_blocks
 from qatapult.trainer.quantize.ptq.folding import set_range
 from qatapult.trainer.recipe import schema
 from qatapult.trainer.recipe.errors import UserError
-from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 

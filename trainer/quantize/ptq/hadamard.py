@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from qatapult.trainer.quantize.ptq import gptq
 from qatapult.trainer.quantize.ptq.calibration import decoder_blocks
 from qatapult.trainer.quantize.ptq.folding import choose_ranges_again, folds_of
 from qatapult.trainer.quantize.ptq.rotation import fold_norms, random_hadamard, rotate
 from qatapult.trainer.recipe import schema
-from torch import Tensor
-from transformers import PreTrainedModel
 
 _SEED = 0
 

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from qatapult.trainer.quantize.ptq.calibration import decoder_blocks
-from qatapult.trainer.quantize.ptq.folding import folds_of
-from qatapult.trainer.recipe.errors import UserError
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from qatapult.trainer.quantize.ptq.calibration import decoder_blocks
+from qatapult.trainer.quantize.ptq.folding import folds_of
+from qatapult.trainer.recipe.errors import UserError
 
 
 def hadamard(size: int) -> Tensor | None:

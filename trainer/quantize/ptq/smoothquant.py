@@ -9,10 +9,11 @@ nearest.
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from qatapult.trainer.quantize.ptq.calibration import full_precision, walk_blocks
 from qatapult.trainer.quantize.ptq.folding import Fold, choose_ranges_again, folds_of
 from qatapult.trainer.recipe import schema
-from torch import Tensor, nn
 
 # Channels that hardly carry anything must not be blown up.
 _SMALLEST = 1e-5

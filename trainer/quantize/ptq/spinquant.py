@@ -13,6 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import kl_div
+from transformers import PreTrainedModel
+
 from qatapult.kernels import choose_range
 from qatapult.trainer.quantize.modules import QuantizedWeight
 from qatapult.trainer.quantize.ptq import gptq
@@ -21,10 +26,6 @@ from qatapult.trainer.quantize.ptq.folding import choose_ranges_again, folds_of
 from qatapult.trainer.quantize.ptq.hadamard import rotate_randomly
 from qatapult.trainer.quantize.ptq.rotation import rotate
 from qatapult.trainer.recipe import schema
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.functional import kl_div
-from transformers import PreTrainedModel
 
 _STEPS = 100
 _RATE = 1.5
