@@ -53,7 +53,7 @@ class Context:
 
     def load_model(self) -> PreTrainedModel:
         """A fresh full-precision model on this process's device."""
-        return load_model(self.recipe.model).to(self.device)
+        return load_model(self.recipe.model).to(self.device)  # type: ignore[arg-type]
 
     def load_prepared(self, quantization: Quantization | None = None) -> PreTrainedModel:
         """A fresh model laid on the recipe's grids (or on others)."""

@@ -97,7 +97,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     if source.startswith("random:"):
         from qatapult.trainer.data.byte_tokenizer import byte_tokenizer
 
-        tokenizer = byte_tokenizer()
+        tokenizer: PreTrainedTokenizerBase = byte_tokenizer()
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(
@@ -165,7 +165,8 @@ def _check_gguf(path: Path, source: str) -> None:
         raise UserError(f"model.source {source!r} is cut off or damaged; copy the file again") from None
     if end > path.stat().st_size:
         raise UserError(
-            f"model.source {source!r} is cut off: {path.stat().st_size:,} of at least {end:,} bytes; copy the file again"
+            f"model.source {source!r} is cut off: {path.stat().st_size:,} of at least {end:,} bytes; "
+            "copy the file again"
         )
 
 

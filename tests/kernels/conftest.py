@@ -1,7 +1,7 @@
 """Where the kernels' tests run.
 
-On a machine with CUDA, `device` is `cpu` and `cuda` in turn and Triton kernels run compiled. Without, Triton kernels run
-under its interpreter, which has to be chosen before they are imported: hence the assignment at the top.
+On a machine with CUDA, `device` is `cpu` and `cuda` in turn and Triton kernels run compiled. Without, they run
+under Triton's interpreter, which has to be chosen before they are imported: hence the assignment at the top.
 
 Fixtures for every kernel's tests:
 

@@ -18,8 +18,8 @@ from qatapult.trainer.run_folder import RunFolder
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-# Weights alone are quantized here: an activation that lies between two codes flips with the last bit of a sum, and sums
-# are taken in another order by every engine. `test_ddp_with_quantized_activations` says how far that goes.
+# Weights alone are quantized here: an activation between two codes flips with the last bit of a sum, and every engine
+# takes its sums in another order. `test_ddp_with_quantized_activations` says how far that goes.
 CALM = (
     "quantization.activations=null",
     "qat.optimizer.learning_rate=1e-5",

@@ -65,7 +65,7 @@ def test_differences_name_the_fields() -> None:
 )
 def test_bad_recipes_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     file = write(tmp_path, "loop.yaml", text)
-    with pytest.raises(UserError, match=".*") as caught:
+    with pytest.raises(UserError) as caught:
         load_recipe(file)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

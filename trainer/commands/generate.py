@@ -87,9 +87,10 @@ def chat(
     messages = [{"role": "system", "content": system}] if system else []
     while (line := _ask()) is not None:
         messages.append({"role": "user", "content": line})
-        ids = models.tokenizer.apply_chat_template(
+        template: Any = models.tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"][0]
+        )
+        ids = template["input_ids"][0]
         written = _write(models, loaded, model, ids, Sampling(tokens, temperature, top_p, seed), show=True)
         typer.echo()
         messages.append({"role": "assistant", "content": written.text})

@@ -82,10 +82,11 @@ def _fsdp2(module: _TeacherModule) -> nn.Module:
     """Shard layer by layer (torch's FSDP2); the rest, embeddings and head, is the root's."""
     from torch.distributed.fsdp import fully_shard
 
-    for layer in decoder(module.model).layers:
+    for layer in decoder(module.model).get_submodule("layers").children():
         fully_shard(layer)
     # The head must outlive the root's forward pass, until the loss has used it.
-    return fully_shard(module, reshard_after_forward=False)
+    fully_shard(module, reshard_after_forward=False)
+    return module
 
 
 def _zero3(module: _TeacherModule, accelerator: Accelerator) -> nn.Module:

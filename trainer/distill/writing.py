@@ -23,8 +23,8 @@ def write_documents(
 ) -> None:
     """Append sampled documents to a JSONL file until it has enough; a file that exists is gone on with.
 
-    Each document starts from the end-of-text token and is sampled at temperature 1. A batch is seeded by its place, so that
-    an interrupted file ends up the same as one written in one go.
+    Each document starts from the end-of-text token and is sampled at temperature 1. A batch is seeded by its
+    place, so that an interrupted file ends up the same as one written in one go.
 
     Args:
         teacher: full precision.
@@ -42,7 +42,7 @@ def write_documents(
         torch.manual_seed(seed * 1_000_003 + done)
         count = min(batch_size, documents - done)
         start = torch.full((count, 1), int(tokenizer.eos_token_id), device=teacher.device)
-        sampled = teacher.generate(
+        sampled = teacher.generate(  # type: ignore[operator]
             start,
             attention_mask=torch.ones_like(start),
             do_sample=True,

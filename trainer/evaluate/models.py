@@ -155,7 +155,7 @@ class FolderModels:
         """Load the model; there is only one, whatever is asked for."""
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with contextlib.redirect_stderr(io.StringIO()):  # compressed-tensors' own progress bars
-            model = load_model(self._model, dtype=torch.float32).to(device)
+            model = load_model(self._model, dtype=torch.float32).to(device)  # type: ignore[arg-type]
             # Compressed weights are unpacked by the first call of the whole model.
             model(torch.zeros(1, 1, dtype=torch.int64, device=device))
         return model

@@ -54,7 +54,7 @@ def export(model: TrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
     dtype = source_dtype(model)
     with appearing(folder) as building:
         writer = ShardWriter(building)
-        for name, layer in model.layers():
+        for name, layer in model.layers():  # type: ignore[assignment]
             for key, tensor in _stored(layer, dtype).items():
                 writer.add(f"{name}.{key}" if name else key, tensor)
         writer.close()

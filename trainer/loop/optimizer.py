@@ -29,7 +29,7 @@ def select_trainable(model: nn.Module, trainable: Trainable) -> None:
             parameter.requires_grad_(_trains(name, trainable))
     if trainable != "all" and not quant_layers(model):
         for module in model.modules():  # the full-precision control trains the layers that QAT would
-            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings():  # type: ignore[operator]
                 module.requires_grad_(True)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"qat.trainable '{trainable}': this model has nothing of the kind to train")

@@ -90,7 +90,7 @@ def calibrate(recipe: Recipe, cluster: Cluster, steps: int) -> Calibration:
         )
     adopted = replace(assumptions, saved_scale=scale, fragmentation=0.0)
     if of_a_kind:
-        adopted = replace(adopted, **{"runtime_gpu" if on_gpu else "runtime_cpu": runtime})
+        adopted = replace(adopted, **{"runtime_gpu" if on_gpu else "runtime_cpu": runtime})  # type: ignore[arg-type]
     return Calibration(measured, needs.device, time.seconds, of_a_kind, adopted, speed)
 
 

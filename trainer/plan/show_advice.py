@@ -60,7 +60,7 @@ def plot_advice(advice: Advice, path: Path) -> None:
             max(0.0, day - begin) / 365 * economics.yearly_saving - economics.training_cost for day in days
         ]
         dates = [start + timedelta(days=day) for day in days]
-        axes.plot(dates, net, label=name, linewidth=2.5 if base else 1, color="black" if base else None)
+        axes.plot(dates, net, label=name, linewidth=2.5 if base else 1, color="black" if base else None)  # type: ignore[arg-type]
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set_ylabel("US dollars since the start")
     axes.legend(fontsize="small")

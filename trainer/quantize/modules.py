@@ -137,7 +137,7 @@ class QuantizedWeight(nn.Module):
         return fake_quantize_dynamic(self.clipped_input(x), self.activation_scheme)
 
 
-class QuantLinear(QuantizedWeight, nn.Linear):
+class QuantLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]
     """`nn.Linear` on a grid."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class QuantLinear(QuantizedWeight, nn.Linear):
         return f"{super().extra_repr()}, {describe(self)}"
 
 
-class QuantEmbedding(QuantizedWeight, nn.Embedding):
+class QuantEmbedding(QuantizedWeight, nn.Embedding):  # type: ignore[misc]
     """`nn.Embedding` on a grid. Only the rows that are looked up are quantized."""
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class QuantEmbedding(QuantizedWeight, nn.Embedding):
         return f"{super().extra_repr()}, {describe(self)}"
 
 
-class QuantConv2d(QuantizedWeight, nn.Conv2d):
+class QuantConv2d(QuantizedWeight, nn.Conv2d):  # type: ignore[misc]
     """`nn.Conv2d` on a grid; its weight is quantized as `[N, C·kH·kW]`, its input per image."""
 
     def forward(self, x: Tensor) -> Tensor:

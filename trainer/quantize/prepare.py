@@ -116,7 +116,7 @@ def quant_layers(model: nn.Module) -> dict[str, QuantizedWeight]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedWeight)}
 
 
-def _default_grid(module: nn.Module, quantization: Quantization) -> LayerGrid:
+def _default_grid(module: object, quantization: Quantization) -> LayerGrid:
     if isinstance(module, nn.Embedding):
         return LayerGrid(quantization.embeddings.scheme if quantization.embeddings else None, None)
     return LayerGrid(
@@ -125,8 +125,8 @@ def _default_grid(module: nn.Module, quantization: Quantization) -> LayerGrid:
     )
 
 
-def _check_group(name: str, module: nn.Module, scheme: Scheme | None) -> None:
-    weight = module.weight
+def _check_group(name: str, module: object, scheme: Scheme | None) -> None:
+    weight = getattr(module, "weight", None)
     assert isinstance(weight, nn.Parameter)
     if scheme is None:
         return

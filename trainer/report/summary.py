@@ -181,7 +181,7 @@ def _recovery_of(reference: Stage, quantized: Stage, trained: Stage, resamples: 
         return Recovery(None)
     losses: list[Losses] = [part.get("losses") or () for part in (reference, quantized, trained)]
     if all(losses):
-        return perplexity_recovery(*losses, resamples=resamples)
+        return perplexity_recovery(*losses, resamples=resamples)  # type: ignore[misc, arg-type]
     return Recovery(recovery(reference["perplexity"], quantized["perplexity"], trained["perplexity"]))
 
 

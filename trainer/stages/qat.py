@@ -106,7 +106,8 @@ def build_teacher(context: Context) -> Teacher | None:
     if distillation.teacher is not None:
         source = source.model_copy(update={"source": distillation.teacher})
     dtype = torch.bfloat16 if multiplies_bf16(context.device) else torch.float32
-    return InProcessTeacher(load_model(source, dtype).to(context.device), context.accelerator)
+    model = load_model(source, dtype).to(context.device)  # type: ignore[arg-type]
+    return InProcessTeacher(model, context.accelerator)
 
 
 def metrics_log(context: Context) -> MetricsLog:
