@@ -30,7 +30,11 @@ class Cluster:
         self.slurm = slurm
         self.runs = folder / "runs"
         self.profile = folder / "profile.yaml"
-        self.profile.write_text("extends: cpu\nprocesses_per_node: 1\ncpus_per_node: 1\ntime: '20'\n")
+        # A step that does not start is given up soon: Slurm may do that to a job whose node is back at once.
+        options = "srun_options: ['--immediate=20']"
+        self.profile.write_text(
+            f"extends: cpu\nprocesses_per_node: 1\ncpus_per_node: 1\ntime: '20'\n{options}\n"
+        )
         self.environment = {
             **os.environ,
             "SLURM_CONF": str(slurm / "etc" / "slurm.conf"),
@@ -239,10 +243,10 @@ def test_a_dead_node_brings_the_job_back(cluster: Cluster, whole: str) -> None:
     cluster.call(MINI_SLURM, "start-node", 2)
     found = cluster.wait("survivor", "finished", "failed")
     *earlier, last = (line["how"] for line in found["history"] if line["event"] == "end")
-    # The batch script died with its node, or was told to stop because another node died. Slurm may notice the
-    # death, or be late with a ping, once more after the node is back.
-    assert earlier
-    assert set(earlier) <= {"died", "preempted"}
+    # The batch script died with its node, or was told to stop because another node died. After that Slurm may be
+    # late with a ping and stop the job once more, or hand out an allocation in which no step starts.
+    assert earlier[0] in ("died", "preempted")
+    assert set(earlier) <= {"died", "preempted", "failed"}
     assert last == "finished"
     assert cluster.losses("survivor") == cluster.losses(whole)
 
