@@ -24,14 +24,18 @@ test-all: lint
 test-gpu: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m "gpu or not slow" tests/kernels
 
-# mypy follows folders, not the import hook of an editable installation: the links show it the package.
-lint: $(VENV)/test.installed
+lint: $(VENV)/test.installed $(VENV)/types/qatapult
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	mkdir -p $(VENV)/types/qatapult && ln -sfn $(foreach room,kernels trainer launch configs,$(CURDIR)/$(room)) $(VENV)/types/qatapult/
 	MYPYPATH=$(VENV)/types $(BIN)/mypy -p qatapult.kernels -p qatapult.trainer -p qatapult.launch
 
-docs: $(VENV)/docs.installed
+# Tools that read folders instead of importing see the package through these links.
+$(VENV)/types/qatapult: $(VENV)/base.installed
+	mkdir -p $@
+	ln -sfn $(foreach room,kernels trainer launch configs,$(CURDIR)/$(room)) $@/
+	touch $@
+
+docs: $(VENV)/docs.installed $(VENV)/types/qatapult
 	$(BIN)/python docs/generate_reference.py
 	$(BIN)/mkdocs build --strict
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
+from qatapult.kernels.common.allocator import keep_freed_memory
 from qatapult.launch.owner import Owner, claim
 from qatapult.trainer.console import Console
 from qatapult.trainer.context import Context
@@ -44,6 +45,8 @@ def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False) 
     check_inputs(recipe, folder)
     console = Console(quiet=quiet, as_json=as_json)
     accelerator = create_accelerator(recipe)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     owner = claim(folder) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     try:

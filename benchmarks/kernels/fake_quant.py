@@ -13,7 +13,6 @@ is measured.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import json
 import statistics
@@ -25,6 +24,7 @@ from importlib.util import find_spec
 import torch
 
 from qatapult.kernels import Scheme, choose_range, fake_quantize, fake_quantize_dynamic
+from qatapult.kernels.common.allocator import keep_freed_memory
 
 INT8 = Scheme(bits=8, granularity="token")
 
@@ -306,19 +306,6 @@ def plot(rows: list[dict[str, object]], path: str, title: str) -> None:
         axis.set_xlabel("forward and backward, ms")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks of any size, as caching allocators do.
-
-    By default it maps large tensors anew each time, and in a virtual machine the page faults of the fresh
-    output take several times as long as everything that is to be measured.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        trim_threshold, mmap_threshold, largest = -1, -3, 2**31 - 1
-        libc.mallopt(mmap_threshold, largest)
-        libc.mallopt(trim_threshold, largest)
 
 
 def main() -> None:
