@@ -119,5 +119,5 @@ def test_cancel_takes_a_run_out_of_the_queue_and_resume_puts_it_back(
     assert now["waiting"]["attempts"] == 0
     qatapult(runs, "resume", "waiting")
     assert states(runs)["waiting"]["state"] in ("queued", "running")
-    qatapult(runs, "cancel", "waiting")
-    wait_until(lambda: not processes(runs), PATIENCE, "the queue leaves")
+    for process in processes(runs):
+        process.kill()
