@@ -81,6 +81,6 @@ def test_damage_and_other_data_are_named(teacher: torch.nn.Module, tmp_path: Pat
         write_cache(tmp_path, layout(k=8), teacher, BLOCKS)
     shard = tmp_path / "shard-000002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    with pytest.raises(UserError, match="shard-000002.*damaged"):
+    with pytest.raises(UserError, match=r"shard-000002.*damaged"):
         CachedTeacher(tmp_path, "print", 1.0, CPU)
     assert read_layout(tmp_path) == layout()
