@@ -230,7 +230,7 @@ def test_cancel_checkpoints_and_does_not_come_back_until_resumed(cluster: Cluste
 @pytest.mark.slow
 def test_a_dead_node_brings_the_job_back(cluster: Cluster, whole: str) -> None:
     cluster.wait(whole, "finished")
-    cluster.submit("survivor", "qat.checkpoints.every_tokens=1280")
+    job = cluster.submit("survivor", "qat.checkpoints.every_tokens=1280")
     cluster.until(lambda: list((cluster.runs / "survivor" / "checkpoints").glob("step-*")), "a checkpoint")
     cluster.call(MINI_SLURM, "kill-node", 2)
 
@@ -240,7 +240,11 @@ def test_a_dead_node_brings_the_job_back(cluster: Cluster, whole: str) -> None:
         return now["state"] == "requeued" and now["reason"] not in ("", "BeginTime")
 
     cluster.until(waits_for_a_node, "requeue", every=1.0)
+    # A job that starts in the very second in which its node comes back meets Slurm's clean-up of its old self.
+    cluster.call("scontrol", "hold", job)
     cluster.call(MINI_SLURM, "start-node", 2)
+    time.sleep(8)
+    cluster.call("scontrol", "release", job)
     found = cluster.wait("survivor", "finished", "failed")
     *earlier, last = (line["how"] for line in found["history"] if line["event"] == "end")
     # The batch script died with its node, or was told to stop because another node died. After that Slurm may be
