@@ -87,6 +87,12 @@ def load_config(model: Model) -> Any:
     )
 
 
+def empty_model(model: Model) -> PreTrainedModel:
+    """The model's modules without weights (on torch's meta device), to check what fits it."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(load_config(model), trust_remote_code=model.trust_remote_code)
+
+
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     """Load the model's tokenizer, or the one the recipe names.
 

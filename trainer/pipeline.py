@@ -13,11 +13,12 @@ from qatapult.kernels.common.allocator import keep_freed_memory
 from qatapult.launch.owner import Owner, claim
 from qatapult.trainer.console import Console
 from qatapult.trainer.context import Context
-from qatapult.trainer.data.blocks import check_data
+from qatapult.trainer.data.blocks import TokenizedData, check_data, load_data
 from qatapult.trainer.environment import describe_environment
 from qatapult.trainer.loop.engine import create_accelerator
 from qatapult.trainer.loop.interrupt import INTERRUPTED, Interrupted, current_flag
-from qatapult.trainer.models import check_model
+from qatapult.trainer.models import check_model, empty_model, load_tokenizer
+from qatapult.trainer.quantize.prepare import layer_grids
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import differences, dump_recipe, load_recipe
 from qatapult.trainer.recipe.schema import Recipe
@@ -42,7 +43,7 @@ def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False) 
         UserError: if the input is bad or the folder holds another recipe's run; nothing is written then.
     """
     folder = RunFolder(runs / recipe.name)
-    check_inputs(recipe, folder)
+    data = check_inputs(recipe, folder)
     console = Console(quiet=quiet, as_json=as_json)
     accelerator = create_accelerator(recipe)
     if accelerator.device.type == "cpu":
@@ -52,6 +53,7 @@ def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False) 
     try:
         tracking = Tracking(accelerator, recipe, folder)
         context = Context(recipe, folder, accelerator, console, tracking, owner)
+        context.data = data
         if accelerator.is_main_process:
             write_atomically(folder.recipe, dump_recipe(recipe))
             write_json(folder.environment, describe_environment(accelerator))
@@ -66,8 +68,11 @@ def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False) 
         accelerator.end_training()
 
 
-def check_inputs(recipe: Recipe, folder: RunFolder) -> None:
-    """Refuse what cannot work, before anything is loaded or written.
+def check_inputs(recipe: Recipe, folder: RunFolder) -> TokenizedData:
+    """Refuse what cannot work, before weights are loaded or anything is written.
+
+    Returns:
+        The recipe's text, read and packed.
 
     Raises:
         UserError: naming the field or file and what would be right.
@@ -81,6 +86,8 @@ def check_inputs(recipe: Recipe, folder: RunFolder) -> None:
             )
     check_model(recipe.model)
     check_data(recipe.data)
+    layer_grids(empty_model(recipe.model), recipe.quantization)
+    return load_data(recipe, load_tokenizer(recipe.model))
 
 
 def _run_stages(context: Context, owner: Owner | None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -144,6 +144,8 @@ def test_any_shape(
     with use_backend(backend):
         if k:
             cached = case.cached(k, options.get("temperature", 1.0))
+            # Without a tail the reverse divergence is infinite, as documented.
+            assume(kind == "forward_kl" or float(cached[2].min()) > 1e-5)
             loss = topk_distillation_loss(*case.student, *cached, **common)
         else:
             loss = distillation_loss(*case.tensors, **common)

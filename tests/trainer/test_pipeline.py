@@ -72,7 +72,10 @@ def test_packed_model_is_the_trained_one_in_integers(finished: RunFolder) -> Non
     assert packed["parity"]["sqnr_db"] > 40
     # Random weights give near ties: one token in a hundred may flip. Real models are held to 99.5 %.
     assert packed["parity"]["top1_agreement"] >= 0.98
-    assert packed["kernels"] == {"linears": 14, "integer": 14, "by_kind": {"int4 × int8": 14}}
+    kernels = packed["kernels"]
+    assert (kernels["linears"], kernels["integer"], kernels["by_kind"]) == (14, 14, {"int4 × int8": 14})
+    assert kernels["products"]["integer"] > 0
+    assert kernels["products"]["float"] == 0
     assert packed["perplexity"] == pytest.approx(finished.read_stage("qat")["perplexity"], rel=2e-3)
 
 

@@ -102,7 +102,8 @@ def _zero3(module: _TeacherModule, accelerator: Accelerator) -> nn.Module:
         config["bf16"] = {"enabled": True}
     deepspeed.zero.register_external_parameter(module, head)
     engine, *_ = deepspeed.initialize(model=module, config=config)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 def _offload(config: dict[str, Any]) -> dict[str, Any]:
