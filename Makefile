@@ -11,8 +11,9 @@ RECIPE ?= configs/recipes/smollm2-135m-w4a8.yaml
 
 .PHONY: demo test test-all test-gpu lint docs format clean
 
+# `accelerate launch` gives a process one thread unless it is told otherwise.
 demo: $(VENV)/demo.installed
-	$(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) -m qatapult.trainer $(RECIPE)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)} $(BIN)/accelerate launch --config_file $(ACCELERATE_CONFIG) -m qatapult.trainer $(RECIPE)
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile tests/kernels tests/trainer
