@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from qatapult.kernels.scheme import Granularity, Grid, RangeMethod, ScaleDtype, Scheme
 from qatapult.trainer.recipe import deployment as formats
+from qatapult.trainer.recipe.combinations import check_combination
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -389,37 +390,6 @@ class Tracking(Section):
     group: str | None = Field(None, description="wandb group, for sweeps.")
     tags: tuple[str, ...] = Field((), description="wandb tags.")
     upload_checkpoint: bool = Field(False, description="Store the exported checkpoint as a wandb artifact.")
-
-
-def check_combination(recipe: Recipe) -> None:
-    """Refuse methods and grids that do not go together.
-
-    Raises:
-        ValueError: naming the fields and what would be right.
-    """
-    qat, weights, activations = recipe.qat, recipe.quantization.weights, recipe.quantization.activations
-    needed_bits = {"ternary": 1.58, "binary": 1}.get(qat.method)
-    if needed_bits and (weights is None or weights.bits != needed_bits):
-        raise ValueError(f"qat.method '{qat.method}' needs quantization.weights.bits={needed_bits}")
-    if weights is not None and weights.bits == 1 and qat.method not in ("binary", "seq"):
-        raise ValueError(f"qat.method '{qat.method}' does not train 1-bit weights; use 'binary'")
-    if qat.method == "lsq+" and (weights is None or weights.symmetric):
-        raise ValueError("qat.method 'lsq+' learns zero points; set quantization.weights.symmetric=false")
-    if qat.method == "seq" and (weights is None or weights.grid != "stretched"):
-        raise ValueError("qat.method 'seq' needs quantization.weights.grid=stretched (2 bits and fewer)")
-    if qat.method == "pact" and activations is None:
-        raise ValueError("qat.method 'pact' learns activation clips; set quantization.activations")
-    if qat.method in ("minmax", "ternary") and qat.trainable == "scales":
-        raise ValueError(
-            f"qat.trainable 'scales' does not go with qat.method '{qat.method}', which learns none"
-        )
-    phases = qat.schedule.phases
-    if phases and weights is not None and phases[-1].weights.scheme != weights.scheme:
-        raise ValueError("qat.schedule.phases must end at quantization.weights, the grid that is deployed")
-    if phases and any(p.weights.group_size != phases[-1].weights.group_size for p in phases):
-        raise ValueError("qat.schedule.phases must keep one granularity: learned scales keep their shape")
-    if qat.distillation.kind == "none" and (qat.distillation.cache or qat.distillation.teacher):
-        raise ValueError("qat.distillation.kind 'none' uses no teacher; remove teacher and cache")
 
 
 ExportFormat = Literal["compressed-tensors", "gguf", "torchao", "safetensors"]
