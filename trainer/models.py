@@ -89,8 +89,10 @@ def load_config(model: Model) -> Any:
 
 def empty_model(model: Model) -> PreTrainedModel:
     """The model's modules without weights (on torch's meta device), to check what fits it."""
+    # Outside of the meta device: the first look at a GGUF file converts it, which loads its weights.
+    config = load_config(model)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(load_config(model), trust_remote_code=model.trust_remote_code)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
