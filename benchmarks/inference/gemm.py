@@ -1,8 +1,7 @@
 """Products on packed weights against bf16, int8 and the machine's limits.
 
     python benchmarks/inference/gemm.py             # this machine's CPU or GPU
-    python benchmarks/inference/gemm.py --sweep --table kernels/int_gemm/sm_90.json     # a GPU: tune
-    first
+    python benchmarks/inference/gemm.py --sweep --table kernels/int_gemm/tables/sm_90.json   # a GPU: tune first
 
 On a GPU each operation is captured in a CUDA graph over copies of its weight that together exceed the
 second-level cache twice, with fresh random data. The limit is the larger of two times: moving weights,
@@ -30,7 +29,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from timing import copy_bandwidth, cpu_times, graph_time
 
 from qatapult.kernels import Scheme, pack, packed_linear, prepare_weight, quantize_activations
-from qatapult.kernels.int_gemm.configs import GemmConfig, Problem, candidates, default_config, write_table
+from qatapult.kernels.int_gemm.configs import (
+    Config,
+    Problem,
+    VectorConfig,
+    candidates,
+    default_config,
+    write_table,
+)
 
 TOKENS = Scheme(granularity="token")
 #: Layers of LLaMA-2-7B and Llama-3-8B as [N, K], and one matrix of more than 200 MB at 4 bits.
@@ -73,7 +79,7 @@ class Layer:
         self.scale = torch.rand(groups, n, device="cuda").t() * 0.01 + 0.001
 
     def product(
-        self, x: torch.Tensor, token_scale: torch.Tensor | None, config: GemmConfig, copy: int
+        self, x: torch.Tensor, token_scale: torch.Tensor | None, config: Config, copy: int
     ) -> torch.Tensor:
         from qatapult.kernels.int_gemm.cuda import packed_product_triton
 
@@ -104,9 +110,10 @@ def inputs(m: int, k: int, activation_bits: int) -> tuple[torch.Tensor, torch.Te
     ) * 0.1
 
 
-def compile_config(job: tuple[int, int, int, int, int, GemmConfig]) -> str | None:
+def compile_config(job: tuple[int, int, int, int, int, Config]) -> str | None:
     """Compile one configuration into Triton's cache (in a worker); the message if it does not compile."""
     m, k, bits, group, activation_bits, config = job
+    m = 1 if isinstance(config, VectorConfig) else m
     layer = Layer(256, k, bits, group, 1)
     try:
         layer.product(*inputs(m, k, activation_bits), config, 0)
@@ -116,7 +123,7 @@ def compile_config(job: tuple[int, int, int, int, int, GemmConfig]) -> str | Non
     return None
 
 
-def tune(options: argparse.Namespace) -> list[tuple[Problem, GemmConfig]]:
+def tune(options: argparse.Namespace) -> list[tuple[Problem, Config]]:
     """Measure all candidates of all shapes; the fastest right one of each problem."""
     problems = [
         Problem(m, n, k, options.bits, group, options.activation_bits)
@@ -145,7 +152,7 @@ def tune(options: argparse.Namespace) -> list[tuple[Problem, GemmConfig]]:
             if time.monotonic() - start > options.minutes * 60:
                 print(f"out of time before M={problem.m} of {n} × {k}")
                 return best
-            found = measure(problem, layer, unit, failures)
+            found = measure(problem, layer, unit, failures, options.table.with_suffix(".times.jsonl"))
             if found is not None:
                 best.append((problem, found[0]))
     return best
@@ -156,13 +163,13 @@ def problems_by_layer(problems: list[Problem]) -> list[Problem]:
 
 
 def measure(
-    problem: Problem, layer: Layer, unit: int, failures: list[str]
-) -> tuple[GemmConfig, float] | None:
+    problem: Problem, layer: Layer, unit: int, failures: list[str], log: Path
+) -> tuple[Config, float] | None:
     """The fastest configuration whose result is right."""
     x, token_scale = inputs(problem.m, problem.k, problem.activation_bits)
     expected = layer.expected(x, token_scale)
-    best: tuple[GemmConfig, float] | None = None
-    for config in {default_config(problem, 90, unit), *candidates(problem, unit)}:
+    best: tuple[Config, float] | None = None
+    for config in sorted({default_config(problem, 90, unit), *candidates(problem, unit)}, key=str):
         if any(f.startswith(str(config)) for f in failures):
             continue
         try:
@@ -177,6 +184,9 @@ def measure(
         seconds = graph_time(
             partial(layer.product, x, token_scale, config), range(len(layer.tiles)), budget_ms=4
         )
+        with log.open("a") as file:
+            line = {"problem": asdict(problem), "config": asdict(config), "seconds": seconds}
+            file.write(json.dumps(line) + "\n")
         if best is None or seconds < best[1]:
             best = (config, seconds)
     return best
@@ -229,7 +239,8 @@ def gpu_row(
     group = 0 if layer.scale.shape[1] == 1 else k // layer.scale.shape[1]
     major, minor = torch.cuda.get_device_capability()
     problem = Problem(m, n, k, layer.layout.bits, group, activation_bits)
-    config = choose_config(problem, 10 * major + minor, layer.layout.unit)
+    vector = m == 1 and activation_bits == 8 and k % layer.layout.unit == 0
+    config = choose_config(problem, 10 * major + minor, layer.layout.unit, vector)
     x, token_scale = inputs(m, k, activation_bits)
     tokens = torch.randn(m, k, device="cuda").bfloat16()
 
@@ -283,6 +294,16 @@ def cpu_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
     return rows, {"copy bandwidth, bytes/s": bandwidth}
 
 
+def describe(config: dict[str, int] | None) -> str:
+    """A configuration in a few characters."""
+    if config is None:
+        return ""
+    if "units" in config:
+        return "vector {rows}×{units} (w{warps})".format(**config)
+    text = "{block_n}×{block_m}, {split} (w{warps} s{stages})".format(**config)
+    return text + " whole" * config["whole"] + (f" r{config['registers']}" if config["registers"] else "")
+
+
 def table(rows: list[Row], gpu: bool) -> str:
     """Markdown; times in microseconds, ratios against bf16 and the limit."""
     other = "int8 GEMM" if gpu else "fp32"
@@ -292,9 +313,7 @@ def table(rows: list[Row], gpu: bool) -> str:
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for r in rows:
-        chosen = (
-            "" if r.config is None else "{block_n}×{block_m}, {split} (w{warps} s{stages})".format(**r.config)
-        )
+        chosen = describe(r.config)
         int8 = "" if r.int8 is None else f"{r.int8 * 1e6:.1f}"
         lines.append(
             f"| {r.n} × {r.k} | {r.group or 'channel'} | {r.m} "
@@ -319,8 +338,16 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--minutes", type=float, default=5.0, help="when the sweep stops")
     parser.add_argument("--table", type=Path, help="file that the sweep writes and the products then use")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="four shapes, six counts of tokens: some three minutes with --sweep",
+    )
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
+    if options.quick and gpu:
+        options.tokens = "1,16,64,256,1024,4096"
+        options.shapes = options.shapes or "4096x4096,11008x4096,4096x14336,36864x12288"
     options.groups = [int(g) for g in options.groups.split(",")]
     options.tokens = [int(m) for m in options.tokens.split(",")]
     shapes = GPU_SHAPES if gpu else CPU_SHAPES

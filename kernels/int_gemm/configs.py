@@ -8,6 +8,7 @@ another file in place.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -31,6 +32,8 @@ class GemmConfig:
         warps: warps of a program.
         stages: depth of the software pipeline.
         raster: blocks of channels worked on together, for the second-level cache.
+        whole: multiply both slices of a unit of 4-bit codes at once.
+        registers: most registers of a thread, so that more programs fit a processor; 0 for no limit.
     """
 
     block_n: int
@@ -39,6 +42,23 @@ class GemmConfig:
     warps: int = 4
     stages: int = 4
     raster: int = 8
+    whole: bool = False
+    registers: int = 0
+
+
+@dataclass(frozen=True)
+class VectorConfig:
+    """How the product with one token is cut (`triton_vector.py`).
+
+    Attributes:
+        rows: output channels of a program.
+        units: units along K that it loads together.
+        warps: warps of a program.
+    """
+
+    rows: int = 8
+    units: int = 32
+    warps: int = 4
 
 
 @dataclass(frozen=True)
@@ -59,7 +79,7 @@ class Problem:
 
 
 #: The folder of the shipped tables.
-_SHIPPED = Path(__file__).parent
+_SHIPPED = Path(__file__).parent / "tables"
 _pinned: list[Path] = []
 
 
@@ -75,13 +95,18 @@ def pin_table(path: str | Path | None) -> None:
         _pinned.append(Path(path))
 
 
-def choose_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
-    """The measured configuration of the nearest shape of the same kind, else `default_config`.
+#: What the tables hold.
+Config = GemmConfig | VectorConfig
+
+
+def choose_config(problem: Problem, capability: int, unit: int, vector: bool = False) -> Config:
+    """The measured configuration of the nearest shape of the same kind, else a rule.
 
     Args:
         problem: the product.
         capability: compute capability of the device: 80, 90.
         unit: codes along K that are loaded together; K is split between units.
+        vector: whether the kernel for one token can be taken.
     """
     path = _pinned[0] if _pinned else _SHIPPED / f"sm_{capability}.json"
     rows = [
@@ -89,10 +114,13 @@ def choose_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
         for shape, config in read_table(path)
         if (shape.bits, bool(shape.group), shape.activation_bits, shape.bucket)
         == (problem.bits, bool(problem.group), problem.activation_bits, problem.bucket)
+        and (vector or isinstance(config, GemmConfig))
     ]
     if not rows:
-        return default_config(problem, capability, unit)
+        return VectorConfig() if vector else default_config(problem, capability, unit)
     config = min(rows, key=lambda row: row[0])[1]
+    if isinstance(config, VectorConfig):
+        return config
     return GemmConfig(**asdict(config) | {"split": max(1, min(config.split, problem.k // unit))})
 
 
@@ -116,33 +144,48 @@ def default_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
     return GemmConfig(block_n, block_m, split, warps=warps, stages=4)
 
 
-def candidates(problem: Problem, unit: int) -> list[GemmConfig]:
+def candidates(problem: Problem, unit: int) -> list[Config]:
     """Configurations worth measuring for a product: the sweep's list, pruned by shape."""
     splits = [s for s in (1, 2, 4, 8, 16) if s <= max(1, problem.k // unit // 2)]
+    whole = (False, True) if problem.bits == 4 and problem.activation_bits == 8 else (False,)
+    found: list[Config] = []
+    if problem.m == 1 and problem.activation_bits == 8:
+        sizes = itertools.product((4, 8, 16), (16, 32), (2, 4, 8))
+        found += [VectorConfig(rows, units, warps) for rows, units, warps in sizes]
     if problem.bucket <= 32:
         shapes = [(64, problem.bucket, 4), (128, problem.bucket, 4)]
-        return [
-            GemmConfig(n, m, split, warps=warps, stages=stages)
-            for n, m, warps in shapes
-            for split in splits
-            for stages in (3, 5)
+        axes = itertools.product(shapes, splits, (3, 5), whole)
+        found += [
+            GemmConfig(n, m, split, warps=warps, stages=stages, whole=joined)
+            for (n, m, warps), split, stages, joined in axes
             if problem.n // n * split >= 32
         ]
-    if problem.bucket <= 128:
-        shapes = [(64, 64, 4), (128, 64, 4), (128, problem.bucket, 8)]
-        few = [s for s in splits if s <= 8]
-        return [GemmConfig(n, m, split, warps=warps, stages=4) for n, m, warps in shapes for split in few]
-    shapes = [(64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8)]
-    few = [s for s in splits if s <= (4 if problem.bucket == 256 else 1)]
-    return [
-        GemmConfig(n, m, split, warps=warps, stages=stages)
-        for n, m, warps in shapes
-        for split in few
-        for stages in (3, 4)
-    ]
+    elif problem.bucket <= 128:
+        shapes = [(64, 64, 4), (128, 64, 4), (256, 64, 8), (128, problem.bucket, 8)]
+        axes = itertools.product(shapes, [s for s in splits if s <= 8], (4,), whole)
+        found += [
+            GemmConfig(n, m, split, warps=warps, stages=stages, whole=joined)
+            for (n, m, warps), split, stages, joined in axes
+        ]
+    else:
+        few = [s for s in splits if s <= (4 if problem.bucket == 256 else 1)]
+        axes = itertools.product(_PREFILL[bool(problem.group)], few, (3, 4), whole)
+        found += [
+            GemmConfig(n, m, split, warps=warps, stages=stages, whole=joined, registers=registers)
+            for (n, m, warps, registers), split, stages, joined in axes
+        ]
+    return found
 
 
-def write_table(path: Path, rows: list[tuple[Problem, GemmConfig]]) -> None:
+#: Blocks of prefill that are measured, without and with groups: channels, tokens, warps, registers. Blocks of 256
+#: channels read activations least often; limits on registers let one more program onto a processor.
+_PREFILL = {
+    False: [(64, 128, 4, 0), (128, 64, 4, 0), (128, 128, 4, 0), (128, 128, 8, 0), (256, 128, 8, 0), (128, 256, 8, 0)],
+    True: [(64, 128, 4, 0), (64, 128, 4, 168), (128, 64, 4, 0), (128, 64, 8, 128), (128, 128, 8, 0), (256, 64, 8, 0)],
+}  # fmt: skip
+
+
+def write_table(path: Path, rows: list[tuple[Problem, Config]]) -> None:
     """Store measured configurations, one a line; those of other problems that the file holds already stay."""
     held = dict(read_table(path)) if path.exists() else {}
     ordered = sorted((held | dict(rows)).items(), key=lambda row: str(row[0]))
@@ -155,7 +198,7 @@ def write_table(path: Path, rows: list[tuple[Problem, GemmConfig]]) -> None:
 
 
 @cache
-def read_table(path: Path) -> list[tuple[Problem, GemmConfig]]:
+def read_table(path: Path) -> list[tuple[Problem, Config]]:
     """The rows of a table; none if a shipped table is missing.
 
     Raises:
@@ -167,7 +210,11 @@ def read_table(path: Path) -> list[tuple[Problem, GemmConfig]]:
         return []
     try:
         return [
-            (Problem(**row["problem"]), GemmConfig(**row["config"])) for row in json.loads(path.read_text())
+            (
+                Problem(**row["problem"]),
+                (VectorConfig if "units" in row["config"] else GemmConfig)(**row["config"]),
+            )
+            for row in json.loads(path.read_text())
         ]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no table of configurations: {error}") from error

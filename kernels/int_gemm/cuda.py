@@ -7,9 +7,10 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .configs import GemmConfig, Problem, choose_config
+from .configs import Config, Problem, VectorConfig, choose_config
 from .tiles import TileLayout
 from .triton_kernel import packed_gemm
+from .triton_vector import packed_gemv
 
 #: Counters of arrivals that launches outside of CUDA graphs share, by device and stream; zero between
 #: launches.
@@ -42,7 +43,7 @@ def packed_product_triton(
     layout: TileLayout,
     half: bool,
     dtype: torch.dtype,
-    config: GemmConfig | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """`x · Wᵀ` with scales and bias, [M, N].
 
@@ -65,15 +66,22 @@ def packed_product_triton(
     group = 0 if groups == 1 else k // groups
     span = layout.span(group)
     units = tiles.shape[0]
-    if config is None:
-        problem = Problem(m, n, k, layout.bits, group, 16 if token_scale is None else 8)
-        config = choose_config(problem, _capability(x.device), layout.unit)
     integer = token_scale is not None or x.dtype == torch.int8
+    if config is None:
+        problem = Problem(m, n, k, layout.bits, group, 8 if integer else 16)
+        vector = m == 1 and integer and shift is None and k % layout.unit == 0
+        config = choose_config(problem, _capability(x.device), layout.unit, vector)
+    if isinstance(config, VectorConfig):
+        _launch_vector(x, token_scale, tiles, scale, bias, y, layout, half, config)
+        return y
     row_sum = None
     if shift is not None and integer:
         stretch = span * layout.slice_width if group else k
         row_sum = x.unflatten(1, (-1, stretch)).sum(-1, dtype=torch.int32).t().contiguous()
     blocks = triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m)
+    # Both slices of a unit in one product: where they share a scale.
+    whole = config.whole and layout.bits == 4 and integer
+    whole = whole and (not group or (group % layout.unit == 0 and shift is None))
     partial = counter = None
     if config.split > 1:
         size = blocks * config.split * config.block_m * config.block_n
@@ -110,10 +118,49 @@ def packed_product_triton(
         BLOCK_M=config.block_m,
         SPLIT=config.split,
         RASTER=config.raster,
+        WHOLE=whole,
         num_warps=config.warps,
         num_stages=config.stages,
+        **({"maxnreg": config.registers} if config.registers else {}),
     )
     return y
+
+
+def _launch_vector(
+    x: Tensor,
+    token_scale: Tensor | None,
+    tiles: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    layout: TileLayout,
+    half: bool,
+    config: VectorConfig,
+) -> None:
+    """The product with one token of codes, into y [1, N]; K is a multiple of a unit, weights are symmetric."""
+    n, groups = scale.shape
+    group = 0 if groups == 1 else x.shape[1] // groups
+    packed_gemv[(triton.cdiv(n, config.rows),)](
+        x.contiguous().view(torch.int32),
+        tiles.view(torch.int32),
+        y,
+        token_scale,
+        scale.t().contiguous(),
+        bias,
+        n,
+        tiles.shape[2],
+        tiles.shape[0],
+        BITS=layout.bits,
+        WIDTH=layout.slice_width,
+        GROUP=group,
+        HALF=int(half),
+        HAS_BIAS=bias is not None,
+        RAW=y.dtype == torch.int32,
+        SPAN=layout.span(group),
+        ROWS=config.rows,
+        UNITS=config.units,
+        num_warps=config.warps,
+    )
 
 
 def _counter(device: torch.device, blocks: int) -> Tensor:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from qatapult.kernels.common.aot import AotCase
 
-from .configs import BUCKETS, GemmConfig, Problem, default_config, read_table
+from .configs import BUCKETS, Config, GemmConfig, Problem, VectorConfig, default_config, read_table
 from .tiles import TileLayout
 from .triton_kernel import packed_gemm
+from .triton_vector import packed_gemv
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,17 @@ OTHER_KINDS = (
 
 def aot_cases() -> list[AotCase]:
     """Every configuration of the main kinds, one of each other kind."""
-    tables = Path(__file__).parent.glob("sm_*.json")
+    tables = (Path(__file__).parent / "tables").glob("sm_*.json")
     measured = {(bool(p.group), config) for table in tables for p, config in read_table(table)}
     cases = []
     for kind in MAIN_KINDS:
-        configs = {_rule(bucket, kind) for bucket in BUCKETS}
+        configs: set[Config] = {_rule(bucket, kind) for bucket in BUCKETS} | {VectorConfig()}
         configs |= {config for grouped, config in measured if grouped == bool(kind.group)}
-        cases += [_case(kind, config) for config in sorted(configs, key=str)]
+        cases += [
+            _vector_case(kind, config) if isinstance(config, VectorConfig) else _case(kind, config)
+            for config in sorted(configs, key=str)
+        ]
+    cases += [_vector_case(Kind(3, 64), VectorConfig()), _vector_case(Kind(2, 64, half=True), VectorConfig())]
     return cases + [_case(kind, _rule(BUCKETS[i % 2 * 5], kind)) for i, kind in enumerate(OTHER_KINDS)]
 
 
@@ -103,8 +108,41 @@ def _case(kind: Kind, config: GemmConfig) -> AotCase:
             "BLOCK_M": config.block_m,
             "SPLIT": config.split,
             "RASTER": config.raster,
+            "WHOLE": config.whole,
         },
         num_warps=config.warps,
         num_stages=config.stages,
+        registers=config.registers,
         aligned=(*pointers, "N", "K", "rows"),
+    )
+
+
+def _vector_case(kind: Kind, config: VectorConfig) -> AotCase:
+    """The product with one token, which has no tensor cores to find in its code."""
+    layout = TileLayout(kind.bits, 64)
+    pointers = {
+        "x": "*i32",
+        "w": "*i32",
+        "y": "*bf16",
+        "token_scale": "*fp32",
+        "scale": "*fp32",
+        "bias": "*bf16",
+    }
+    return AotCase(
+        name=f"{kind.name} one token {config.rows}×{config.units}, {config.warps} warps",
+        kernel=packed_gemv,
+        signature=pointers | dict.fromkeys(("N", "rows", "units"), "i32"),
+        constexprs={
+            "BITS": kind.bits,
+            "WIDTH": layout.slice_width,
+            "GROUP": kind.group,
+            "HALF": int(kind.half),
+            "HAS_BIAS": False,
+            "RAW": False,
+            "SPAN": layout.span(kind.group),
+            "ROWS": config.rows,
+            "UNITS": config.units,
+        },
+        num_warps=config.warps,
+        aligned=(*pointers, "N", "rows"),
     )

@@ -25,7 +25,7 @@ _ASM = tl.constexpr(not interpreting())
 
 
 @triton.constexpr_function
-def _align_asm(bits, s, half):  # type: ignore[no-untyped-def]
+def align_asm(bits, s, half):  # type: ignore[no-untyped-def]
     """PTX that moves slice `s` of a plane to the top of its bytes and sets the half; four bytes at once."""
     shift = 8 - bits * (s + 1)
     mask, set_bits = ((256 - (256 >> bits)) * 0x01010101, ((128 >> bits) if half else 0) * 0x01010101)
@@ -33,7 +33,7 @@ def _align_asm(bits, s, half):  # type: ignore[no-untyped-def]
 
 
 @triton.constexpr_function
-def _align3_asm(s):  # type: ignore[no-untyped-def]
+def align3_asm(s):  # type: ignore[no-untyped-def]
     """The same for three bits: two from the plane of high bits, one from that of low bits."""
     high, low = 6 - 2 * (s % 4), 5 - s
     move = f"shl.b32 l, $2, {low};" if low >= 0 else f"shr.u32 l, $2, {-low};"
@@ -85,7 +85,7 @@ def _slice(plane, low_plane, S: tl.constexpr, BITS: tl.constexpr, HALF: tl.const
         out = plane
     elif BITS == 3:
         if _ASM:
-            asm3: tl.constexpr = _align3_asm(S)
+            asm3: tl.constexpr = align3_asm(S)
             out = tl.inline_asm_elementwise(
                 asm3, "=r,r,r", [plane, low_plane], dtype=tl.int8, is_pure=True, pack=4
             )
@@ -95,7 +95,7 @@ def _slice(plane, low_plane, S: tl.constexpr, BITS: tl.constexpr, HALF: tl.const
             out = ((high & 0xC0) | (low & 0x20)).to(tl.int8)
     else:
         if _ASM:
-            asm: tl.constexpr = _align_asm(BITS, S, HALF)
+            asm: tl.constexpr = align_asm(BITS, S, HALF)
             out = tl.inline_asm_elementwise(asm, "=r,r", [plane], dtype=tl.int8, is_pure=True, pack=4)
         else:
             wide = (plane.to(tl.int32) & 0xFF) << (8 - BITS * (S + 1))
@@ -130,6 +130,40 @@ def _finish(  # type: ignore[no-untyped-def]
         tl.store(p_y, value.to(y.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _whole_units(  # type: ignore[no-untyped-def]
+    total, x, p_w, scale, o_n, o_m, start, end, M, N, K, rows,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, EVEN_K: tl.constexpr,
+    EXCESS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Sums of units of 4-bit codes whose two slices go into one product, which is waited for once.
+
+    Groups are a unit or several, so that one scale serves a unit; that of the next is loaded a unit ahead.
+    """
+    o_k = tl.arange(0, 2 * WIDTH)
+    p_x = x + tl.where(o_m < M, o_m, 0).to(tl.int64)[None, :] * K + o_k[:, None]
+    if GROUP != 0:
+        next_scale = tl.load(scale + start * (2 * WIDTH) // GROUP * N + o_n, mask=o_n < N, other=0.0)
+    for u in range(start, end):
+        plane = tl.load(p_w + u * (rows.to(tl.int64) * WIDTH))
+        low, high = _slice(plane, plane, 0, BITS, HALF), _slice(plane, plane, 1, BITS, HALF)
+        left = tl.join(low, high).permute(0, 2, 1).reshape(BLOCK_N, 2 * WIDTH)
+        if EVEN_K:
+            right = tl.load(p_x + u * (2 * WIDTH))
+        else:
+            right = tl.load(p_x + u * (2 * WIDTH), mask=(u * (2 * WIDTH) + o_k < K)[:, None], other=0)
+        if GROUP == 0:
+            total = tl.dot(left, right, total, out_dtype=tl.int32)
+        else:
+            unit_scale = next_scale
+            k_next = (u + 1) * (2 * WIDTH)
+            in_n = (o_n < N) & (k_next + 0 * o_n < K)
+            next_scale = tl.load(scale + k_next // GROUP * N + o_n, mask=in_n, other=0.0)
+            sums = tl.dot(left, right, out_dtype=tl.int32)
+            total += sums.to(tl.float32) * (unit_scale * EXCESS)[:, None]
+    return total
+
+
 # Nothing is gained by knowing the divisors of these, and M varies from call to call: one binary serves all.
 @triton.jit(do_not_specialize=["M", "units"])
 def packed_gemm(  # type: ignore[no-untyped-def]
@@ -138,7 +172,7 @@ def packed_gemm(  # type: ignore[no-untyped-def]
     BITS: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, INTEGER: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_BIAS: tl.constexpr, RAW: tl.constexpr, EVEN_K: tl.constexpr,
     SPAN: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, RASTER: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, RASTER: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """A block of `Yᵀ = W · Xᵀ` over one split of K.
 
@@ -173,7 +207,7 @@ def packed_gemm(  # type: ignore[no-untyped-def]
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_k = tl.arange(0, WIDTH)
     p_x = x + tl.where(o_m < M, o_m, 0).to(tl.int64)[None, :] * K + o_k[:, None]
-    p_w = w + o_n[:, None] * WIDTH + o_k[None, :]
+    p_w = w + tl.where(o_n < rows, o_n, 0)[:, None] * WIDTH + o_k[None, :]
 
     split = tl.cdiv(units, SPLIT)
     start = i_split * split
@@ -181,52 +215,59 @@ def packed_gemm(  # type: ignore[no-untyped-def]
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     else:
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for u in range(start, min(start + split, units)):
-        p_plane = p_w + u * (rows.to(tl.int64) * (PLANES * WIDTH))
-        plane = tl.load(p_plane)
-        if BITS == 3:
-            plane_high = tl.load(p_plane + rows * WIDTH)
-            plane_low = tl.load(p_plane + 2 * rows * WIDTH)
-        for s in tl.static_range(SLICES):
+    end = min(start + split, units)
+    if WHOLE:
+        total = _whole_units(
+            total, x, p_w, scale, o_n, o_m, start, end, M, N, K, rows,
+            BITS, WIDTH, GROUP, HALF, EVEN_K, EXCESS, BLOCK_N,
+        )  # fmt: skip
+    else:
+        for u in range(start, end):
+            p_plane = p_w + u * (rows.to(tl.int64) * (PLANES * WIDTH))
+            plane = tl.load(p_plane)
             if BITS == 3:
-                codes = _slice(plane if s < 4 else plane_high, plane_low, s, BITS, HALF)
-            else:
-                codes = _slice(plane, plane, s, BITS, HALF)
-            k = u * UNIT + s * WIDTH
-            if EVEN_K:
-                right = tl.load(p_x + k)
-            else:
-                right = tl.load(p_x + k, mask=(k + o_k < K)[:, None], other=0)
-            # Of a unit that ends beyond K, the slices there have no group.
-            in_n = o_n < N if EVEN_K else (o_n < N) & (k + 0 * o_n < K)
-            if INTEGER:
-                left = codes
-            else:
-                left = _float_codes(codes, x, BITS + HALF)
-                if HAS_SHIFT:
-                    p_shift = shift + (k // GROUP * N if GROUP else 0) + o_n
-                    zero = tl.load(p_shift, mask=in_n, other=0.0)
-                    left = (left - zero[:, None]).to(x.dtype.element_ty)
-            if GROUP == 0:
-                total = tl.dot(left, right, total, out_dtype=total.dtype, input_precision="ieee")
-            else:
-                if s % SPAN == 0:
-                    if INTEGER:
-                        sums = tl.dot(left, right, out_dtype=tl.int32)
-                    else:
-                        sums = tl.dot(left, right, out_dtype=tl.float32, input_precision="ieee")
+                plane_high = tl.load(p_plane + rows * WIDTH)
+                plane_low = tl.load(p_plane + 2 * rows * WIDTH)
+            for s in tl.static_range(SLICES):
+                if BITS == 3:
+                    codes = _slice(plane if s < 4 else plane_high, plane_low, s, BITS, HALF)
                 else:
-                    sums = tl.dot(left, right, sums, out_dtype=sums.dtype, input_precision="ieee")
-                if s % SPAN == SPAN - 1:
-                    i_group = k // GROUP
-                    group_scale = tl.load(scale + i_group * N + o_n, mask=in_n, other=0.0)
-                    part = sums.to(tl.float32)
-                    if INTEGER and HAS_SHIFT:
-                        zero = tl.load(shift + i_group * N + o_n, mask=in_n, other=0.0) / EXCESS
-                        p_sum = row_sum + k // (SPAN * WIDTH) * M + o_m
-                        in_m = o_m < M if EVEN_K else (o_m < M) & (k + 0 * o_m < K)
-                        part -= zero[:, None] * tl.load(p_sum, mask=in_m, other=0).to(tl.float32)[None, :]
-                    total += part * (group_scale * EXCESS)[:, None]
+                    codes = _slice(plane, plane, s, BITS, HALF)
+                k = u * UNIT + s * WIDTH
+                if EVEN_K:
+                    right = tl.load(p_x + k)
+                else:
+                    right = tl.load(p_x + k, mask=(k + o_k < K)[:, None], other=0)
+                # Of a unit that ends beyond K, the slices there have no group.
+                in_n = o_n < N if EVEN_K else (o_n < N) & (k + 0 * o_n < K)
+                if INTEGER:
+                    left = codes
+                else:
+                    left = _float_codes(codes, x, BITS + HALF)
+                    if HAS_SHIFT:
+                        p_shift = shift + (k // GROUP * N if GROUP else 0) + o_n
+                        zero = tl.load(p_shift, mask=in_n, other=0.0)
+                        left = (left - zero[:, None]).to(x.dtype.element_ty)
+                if GROUP == 0:
+                    total = tl.dot(left, right, total, out_dtype=total.dtype, input_precision="ieee")
+                else:
+                    if s % SPAN == 0:
+                        if INTEGER:
+                            sums = tl.dot(left, right, out_dtype=tl.int32)
+                        else:
+                            sums = tl.dot(left, right, out_dtype=tl.float32, input_precision="ieee")
+                    else:
+                        sums = tl.dot(left, right, sums, out_dtype=sums.dtype, input_precision="ieee")
+                    if s % SPAN == SPAN - 1:
+                        i_group = k // GROUP
+                        group_scale = tl.load(scale + i_group * N + o_n, mask=in_n, other=0.0)
+                        part = sums.to(tl.float32)
+                        if INTEGER and HAS_SHIFT:
+                            zero = tl.load(shift + i_group * N + o_n, mask=in_n, other=0.0) / EXCESS
+                            p_sum = row_sum + k // (SPAN * WIDTH) * M + o_m
+                            in_m = o_m < M if EVEN_K else (o_m < M) & (k + 0 * o_m < K)
+                            part -= zero[:, None] * tl.load(p_sum, mask=in_m, other=0).to(tl.float32)[None, :]
+                        total += part * (group_scale * EXCESS)[:, None]
 
     if SPLIT == 1:
         _finish(

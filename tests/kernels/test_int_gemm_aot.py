@@ -41,6 +41,9 @@ def test_decode_and_prefill_use_integer_tensor_cores() -> None:
 def test_every_shipped_configuration_compiles_without_spills() -> None:
     for report in reports_of("qatapult.kernels.int_gemm.shipped"):
         assert report.stack_bytes == 0, report.name
+        if "one token" in report.name:
+            assert "IDP.4A" in report.sass, report.name
+            continue
         integer = "A8" in report.name
         wanted = (
             ("IGMMA" if integer else "HGMMA") if report.capability == 90 else ("IMMA" if integer else "HMMA")

@@ -10,6 +10,7 @@ import pytest
 from qatapult.kernels.int_gemm.configs import (
     GemmConfig,
     Problem,
+    VectorConfig,
     candidates,
     choose_config,
     default_config,
@@ -57,6 +58,25 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path) -> None:
 def test_candidates_and_the_rule_fit_the_problem(m: int) -> None:
     problem = Problem(m, 4096, 4096, 4, 0, 8)
     for config in [*candidates(problem, 128), default_config(problem, 90, 128)]:
+        if isinstance(config, VectorConfig):
+            assert m == 1
+            continue
         assert 1 <= config.split <= 4096 // 128
-        assert 128 % config.block_n == 0
+        assert config.block_n in (64, 128, 256)
         assert config.block_m <= max(16, problem.bucket)
+
+
+def test_the_kernel_for_one_token_is_chosen_only_where_it_can_run(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    write_table(path, [(DECODE, VectorConfig(4, 16, 2))])
+    pin_table(path)
+    try:
+        assert choose_config(DECODE, 90, 128, vector=True) == VectorConfig(4, 16, 2)
+        assert choose_config(DECODE, 90, 128) == default_config(DECODE, 90, 128)
+    finally:
+        pin_table(None)
+
+
+def test_the_shipped_table_is_found() -> None:
+    other = Problem(m=1, n=4096, k=4096, bits=4, group=0, activation_bits=8)
+    assert choose_config(other, 90, 128) != default_config(other, 90, 128)

@@ -19,7 +19,7 @@ from qatapult.kernels import (
     quantize_activations,
     use_backend,
 )
-from qatapult.kernels.int_gemm.configs import GemmConfig
+from qatapult.kernels.int_gemm.configs import GemmConfig, VectorConfig
 from qatapult.kernels.int_gemm.cuda import packed_product_triton
 from qatapult.kernels.int_gemm.reference import (
     int_matmul_reference,
@@ -69,6 +69,51 @@ def test_integer_sums_equal_the_reference_bit_for_bit(bits: int, m: int, n: int,
         x, None, to_tiles(w, layout), scale, None, None, layout, False, torch.int32, config
     )
     assert torch.equal(again, sums)
+
+
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("bits", BITS)
+def test_sums_for_one_token_equal_the_reference_bit_for_bit(bits: int, width: int) -> None:
+    layout = TileLayout(bits, width)
+    w, x = codes_of(bits, 70, 3 * layout.unit), codes_of(8, 1, 3 * layout.unit, seed=1)
+    scale = torch.ones(70, 1, device=DEVICE)
+    tiles = to_tiles(w, layout)
+    config = VectorConfig(8, 2, 4)
+    sums = packed_product_triton(x, None, tiles, scale, None, None, layout, False, torch.int32, config)
+    assert torch.equal(sums, int_matmul_reference(x, w))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 70, 256), (17, 300, 384), (18, 256, 197)])
+def test_units_multiplied_whole_give_the_same_sums(m: int, n: int, k: int, split: int) -> None:
+    w, x = codes_of(4, n, k), codes_of(8, m, k, seed=1)
+    layout, config = TileLayout(4, 64), GemmConfig(256, 16, split, whole=True)
+    scale = torch.ones(n, 1, device=DEVICE)
+    tiles = to_tiles(w, layout)
+    sums = packed_product_triton(x, None, tiles, scale, None, None, layout, False, torch.int32, config)
+    assert torch.equal(sums, int_matmul_reference(x, w))
+
+
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [(1, VectorConfig(4, 2, 2)), (5, GemmConfig(64, 16, 2, whole=True))],
+    ids=["one", "whole"],
+)
+@pytest.mark.parametrize("group", [64, 128, 0])
+def test_scales_of_groups_in_the_other_kernels(m: int, config: GemmConfig | VectorConfig, group: int) -> None:
+    scheme = Scheme(bits=4, granularity="group" if group else "channel", group_size=group or None)
+    codes, x = codes_of(4, 70, 384), codes_of(8, m, 384, seed=1)
+    layout = TileLayout(4, 64)
+    scale = torch.rand(70, 384 // (group or 384), device=DEVICE) + 0.1
+    token_scale = torch.rand(m, 1, device=DEVICE)
+    bias = torch.arange(70.0, device=DEVICE)
+    tiles = to_tiles(codes, layout)
+    result = packed_product_triton(
+        x, token_scale, tiles, scale, None, bias, layout, False, torch.float32, config
+    )
+    weight = dequantize(codes, scale, None, scheme).double()
+    expected = (x.double() @ weight.t() * token_scale + bias).float()
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-2)
 
 
 SCHEMES = [
