@@ -14,7 +14,8 @@ from .spec import Gradient, Grid, RangeRule
 
 _SOURCE = Path(__file__).with_name("fake_quant.cpp")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_STORED = {"float32": 0, "bfloat16": 1, "float16": 2}
+#: Numbers of the dtypes that scales are rounded to.
+STORED = {"float32": 0, "bfloat16": 1, "float16": 2}
 _Argument = torch.Tensor | float | ctypes.c_int64 | None
 _RULES = {"ste": 0, "lsq": 1, "pact": 2}
 
@@ -86,9 +87,16 @@ def quantize_dynamic(
 
 
 def _dynamic(x: torch.Tensor, block: int, grid: Grid, rule: RangeRule, *outputs: torch.Tensor | None) -> None:
-    numbers = (rule.steps, _STORED[rule.scale_dtype], int(rule.symmetric))
+    numbers = (rule.steps, STORED[rule.scale_dtype], int(rule.symmetric))
     sizes = (ctypes.c_int64(x.numel() // block), ctypes.c_int64(block))
     _call("qatapult_dynamic", _DTYPES[x.dtype], x, *outputs, *sizes, *grid, *numbers)
+
+
+@functools.cache
+def dynamic_address() -> int | None:
+    """Where `qatapult_dynamic` lies, for compiled code that quantizes its own input."""
+    library = _library()
+    return None if library is None else ctypes.cast(library.qatapult_dynamic, ctypes.c_void_p).value
 
 
 @functools.cache

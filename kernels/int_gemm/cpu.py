@@ -70,5 +70,5 @@ def integer_linear_cpu(
 
 
 def scale_product(accumulator: Tensor, token_scale: Tensor, scale: Tensor) -> Tensor:
-    """The epilogue: `accumulator[m, n] · token_scale[m] · scale[n]` in fp32."""
-    return accumulator.float() * token_scale * scale
+    """The epilogue: `accumulator[m, n] · scale[n] · token_scale[m]` in fp32, in the order of the compiled paths."""
+    return accumulator.float() * scale * token_scale

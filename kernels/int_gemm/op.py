@@ -10,6 +10,7 @@ from qatapult.kernels.common.launches import record
 from qatapult.kernels.fake_quant.dynamic import quantize_dynamic
 from qatapult.kernels.scheme import Scheme
 
+from . import vnni
 from .cpu import int_matmul_cpu, integer_linear_cpu
 from .decode import decode_product, multiply_few, suits
 from .weights import Layout, PreparedWeight, check_schemes, prepare_weight
@@ -134,10 +135,9 @@ def multiply_prepared(
     rows = x.detach().reshape(-1, x.shape[-1])
     if activation_scheme is not None and not torch.compiler.is_compiling():
         # At a token a call the dispatch of registered operators takes longer than the product.
-        direct = multiply_few(rows, weight, activation_scheme)
+        direct = _directly(rows, weight, bias, activation_scheme, dtype)
         if direct is not None:
-            direct = direct if bias is None else direct + bias.float()
-            return direct.to(dtype).reshape(*x.shape[:-1], weight.out_features)
+            return direct.reshape(*x.shape[:-1], weight.out_features)
     if activation_scheme is None:
         if weight.layout not in ("values", "tiles"):
             raise ValueError("this weight was prepared for quantized activations; pass activation_scheme")
@@ -160,6 +160,19 @@ def multiply_prepared(
         dtype,
     )
     return product.reshape(*x.shape[:-1], weight.out_features)
+
+
+def _directly(
+    rows: Tensor, weight: PreparedWeight, bias: Tensor | None, tokens: Scheme, dtype: torch.dtype
+) -> Tensor | None:
+    """The compiled CPU paths that quantize and multiply at once; None where there is none for this."""
+    if weight.layout == "vnni":
+        parts = (weight.operand, weight.scale, weight.shift, bias)
+        return vnni.quantized_product(rows, *parts, tokens, dtype)
+    product = multiply_few(rows, weight, tokens)
+    if product is None:
+        return None
+    return (product if bias is None else product + bias.float()).to(dtype)
 
 
 @torch.library.custom_op("qatapult::packed_product", mutates_args=())
@@ -185,6 +198,9 @@ def _packed_product(
         tiles = TileLayout(bits, width)
         record("float" if token_scale is None else "integer")
         return packed_product_triton(codes, token_scale, operand, scale, shift, bias, tiles, half, dtype)
+    if layout == "vnni":
+        assert token_scale is not None
+        return vnni.product(codes, token_scale, operand, scale, shift, bias, dtype)
     if token_scale is None:
         record("float")
         product = linear(codes.to(operand.dtype), operand)

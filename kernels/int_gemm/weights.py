@@ -17,12 +17,13 @@ from qatapult.kernels.common.backend import backend_for
 from qatapult.kernels.packing import unpack
 from qatapult.kernels.scheme import Scheme
 
+from . import vnni
 from .tiles import TileLayout, slice_width_of, to_tiles
 
-#: `int8`: codes for an integer GEMM, [groups, N, group]. `codes`: the same codes as floats, [N, K], whose
-#: products are exact. `values`: dequantized, [N, K]. `tiles`: packed bytes in the Triton kernels' order
-#: (`tiles.py`).
-Layout = Literal["int8", "codes", "values", "tiles"]
+#: `vnni`: codes of 4 or 8 bits in the order of `vnni.cpp`. `int8`: codes for torch's integer GEMM, [groups,
+#: N, group]. `codes`: the same codes as floats, [N, K], whose products are exact. `values`: dequantized,
+#: [N, K]. `tiles`: packed bytes in the Triton kernels' order (`tiles.py`).
+Layout = Literal["vnni", "int8", "codes", "values", "tiles"]
 
 #: Largest magnitude of an int8 activation code.
 MAX_ACTIVATION = 128
@@ -172,6 +173,19 @@ def prepare_codes(
     return PreparedWeight(values, scale, None, scheme, "values", features)
 
 
+def prepare_vnni(
+    codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme
+) -> PreparedWeight | None:
+    """Codes in the order of `vnni.cpp`; None for groups that it does not take."""
+    rows, features = codes.shape
+    scale, shift = scale_and_shift(scale, zero_point, scheme, rows)
+    if not vnni.takes(features, scale.shape[1]):
+        return None
+    if scheme.level_offset:  # at most four levels: twice as many fit the four bits
+        codes, scale, shift = codes * 2 + 1, scale / 2, None
+    return PreparedWeight(vnni.to_vnni(codes, scheme), scale, shift, scheme, "vnni", features)
+
+
 def with_few(
     weight: PreparedWeight, codes: Tensor, scale: Tensor, zero_point: Tensor | None
 ) -> PreparedWeight:
@@ -184,7 +198,7 @@ def with_few(
 def prepare_unpacked(
     codes: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, activation_scheme: Scheme
 ) -> PreparedWeight:
-    """Lay out codes that will be used once, as in training: on a GPU as whole bytes, which takes one copy."""
+    """Lay out codes that will be used once, as in training: as whole bytes, which takes one copy."""
     if backend_for(codes) != "triton":
         return prepare_codes(codes, scale, zero_point, scheme, activation_scheme)
     if scheme.level_offset:
@@ -204,8 +218,8 @@ def prepare_weight(
 ) -> PreparedWeight:
     """Unpack or reorder a packed weight once, at load, into what `packed_linear` multiplies fastest.
 
-    On the CPU an integer product (`activation_scheme` given) takes int8 codes where the processor has VNNI;
-    elsewhere codes held as fp32 (per channel: still exact) or dequantized fp32 (per group). Without
+    On the CPU an integer product (`activation_scheme` given) takes codes of 4 or 8 bits where the processor has
+    VNNI; elsewhere codes held as fp32 (per channel: still exact) or dequantized fp32 (per group). Without
     activation quantization the weight is dequantized. On a GPU the packed bits stay packed and are only put
     into the kernels' order.
 
@@ -227,6 +241,10 @@ def prepare_weight(
     expected = scheme.scale_shape(tuple(codes.shape))
     if tuple(scale.shape) != expected:
         raise ValueError(f"scale has shape {tuple(scale.shape)}; {scheme.describe()} needs {expected}")
+    if activation_scheme is not None and backend_for(codes) == "cpu" and vnni.available():
+        in_tiles = prepare_vnni(codes, scale, zero_point, scheme)
+        if in_tiles is not None:
+            return in_tiles
     weight = prepare_codes(codes, scale, zero_point, scheme, activation_scheme)
     if weight.layout in ("codes", "values") and activation_scheme is not None and codes.device.type == "cpu":
         return with_few(weight, codes, scale, zero_point)

@@ -13,9 +13,11 @@ from qatapult.kernels import (
     packed_linear,
     prepare_weight,
     quantize,
+    unpack,
 )
+from qatapult.kernels.int_gemm import vnni
 from qatapult.kernels.int_gemm.reference import packed_linear_reference
-from qatapult.kernels.int_gemm.weights import PreparedWeight
+from qatapult.kernels.int_gemm.weights import PreparedWeight, prepare_unpacked
 
 TOKENS = Scheme(granularity="token")
 SCHEMES = [
@@ -43,13 +45,15 @@ def packed_weight(scheme: Scheme, rows: int, features: int) -> tuple[Tensor, Ten
     return pack(quantize(weight, scale, zero_point, scheme), scheme), scale, zero_point
 
 
-@pytest.mark.parametrize("vnni", [False, True])
+@pytest.mark.parametrize("path", ["float", "int_mm", "compiled"])
 @pytest.mark.parametrize("activations", [TOKENS, None], ids=["A8", "A16"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
 def test_equals_the_float64_product(
-    scheme: Scheme, activations: Scheme | None, vnni: bool, monkeypatch: pytest.MonkeyPatch
+    scheme: Scheme, activations: Scheme | None, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: path != "float")
+    if path == "int_mm":
+        monkeypatch.setattr(vnni, "available", lambda: False)
     features = 192 if scheme.granularity == "group" else 197
     packed, scale, zero_point = packed_weight(scheme, 33, features)
     x = torch.randn(2, 7, features, generator=torch.Generator().manual_seed(0))
@@ -95,6 +99,26 @@ def test_eight_bit_codes_are_summed_exactly_over_a_long_row(
         [float(torch.tensor(127 * 127 * features).float())] * 1
         + [float(torch.tensor(127 * 127 * features - 127).float())]
     ]
+
+
+@pytest.mark.skipif(not vnni.available(), reason="no AVX512-VNNI, or no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 7, 100])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
+def test_the_product_of_training_and_the_served_one_are_the_same_bits(
+    scheme: Scheme, tokens: int, dtype: torch.dtype
+) -> None:
+    """Two implementations, oneDNN on bytes and ours on packed codes: inputs that differ in one rounding would
+    fall on other int8 codes in the next layer."""
+    packed, scale, zero_point = packed_weight(scheme, 90, 192)
+    x = torch.randn(tokens, 192, generator=torch.Generator().manual_seed(4)).to(dtype)
+    bias = torch.randn(90, generator=torch.Generator().manual_seed(5))
+    codes = unpack(packed, scheme, 192)
+    once = prepare_unpacked(codes, scale, zero_point, scheme, TOKENS)
+    served = prepare_weight(packed, scale, zero_point, scheme=scheme, features=192, activation_scheme=TOKENS)
+    assert (once.layout, served.layout) == ("int8", "vnni")
+    expected = packed_linear(x, once, bias=bias, activation_scheme=TOKENS)
+    assert torch.equal(packed_linear(x, served, bias=bias, activation_scheme=TOKENS), expected)
 
 
 def test_a_prepared_weight_gives_the_same_and_knows_its_size() -> None:
