@@ -27,6 +27,7 @@ _PUBLIC = {
     "int_matmul": "int_gemm.op",
     "quantize_activations": "int_gemm.op",
     "packed_linear": "int_gemm.op",
+    "prepare_unpacked": "int_gemm.weights",
     "prepare_weight": "int_gemm.weights",
     "PreparedWeight": "int_gemm.weights",
     "quantized_linear": "quant_linear.op",

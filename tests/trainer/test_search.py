@@ -157,7 +157,8 @@ def test_divergence_of_the_full_model_is_zero_and_of_fewer_bits_larger(divergenc
     count = len(divergence.switching.groups)
     full, eight = divergence.measure([-1] * count), divergence.measure([1] * count)
     four, two = divergence.measure([0] * count), divergence.measure([2] * count)
-    assert full == pytest.approx(0, abs=1e-4)  # the teacher is kept in fp16
+    # The head is multiplied in bf16 where the processor does that.
+    assert full == pytest.approx(0, abs=5e-4)
     assert full <= eight < four < two
 
 
@@ -175,18 +176,19 @@ def test_starting_at_a_later_block_gives_the_same_number(divergence: Divergence)
         assert near == pytest.approx(whole, rel=1e-6, abs=1e-9)
 
 
-def test_switching_model_is_the_prepared_model(divergence: Divergence) -> None:
-    """What the search measures is what `prepare` gives with the same grids."""
+@pytest.mark.parametrize("integer", [True, False])
+def test_switching_model_is_the_prepared_model(divergence: Divergence, integer: bool) -> None:
+    """What the search measures is what `prepare` gives with the same grids, in integers and with gradients."""
     count = len(divergence.switching.groups)
     divergence.switching.set([0] * count)
-    model = load_model(recipe().model)
+    model = load_model(recipe().model).eval()
     prepare(model, recipe().quantization)
     for layer in model.modules():
         if hasattr(layer, "integer_forward"):
-            layer.integer_forward = "fake"
-    with torch.no_grad():
+            layer.integer_forward = "auto" if integer else "fake"
+    with torch.set_grad_enabled(not integer):
         ours = divergence.model(divergence.text).logits
-        theirs = model.eval()(divergence.text).logits
+        theirs = model(divergence.text).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 

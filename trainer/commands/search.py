@@ -29,7 +29,7 @@ def search(
         str, typer.Option(help="Grids beside the recipe's own, such as 2,3,8 or 4:g32,8.")
     ] = "8",
     blocks: Annotated[int, typer.Option(help="Calibration blocks.")] = 8,
-    block_size: Annotated[int, typer.Option(help="Tokens a calibration block.")] = 256,
+    block_size: Annotated[int, typer.Option(help="Tokens a calibration block.")] = 128,
     measures: Annotated[
         str,
         typer.Option(

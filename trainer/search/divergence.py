@@ -7,24 +7,27 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
+from torch.nn.functional import linear, log_softmax
 from transformers import PreTrainedModel
 
 from qatapult.trainer.evaluate.perplexity import decoder
 from qatapult.trainer.quantize.ptq.calibration import decoder_blocks
-from qatapult.trainer.search.switching import FULL_PRECISION, SwitchingModel
+from qatapult.trainer.search.switching import FULL_PRECISION, SwitchingLinear, SwitchingModel
 
-# Tokens whose logits are held at a time: for a vocabulary of 49,152, 50 MB in fp32.
-_CHUNK_TOKENS = 256
+# Tokens whose logits are held at a time: for a vocabulary of 49,152, 12 MB in fp32, which caches hold.
+_CHUNK_TOKENS = 64
 
 
 class Divergence:
     """Mean KL(teacher ‖ student) a token over calibration text, in nats.
 
-    The teacher's log-probabilities are computed once and kept in fp16 (for 2,048 tokens of a vocabulary of
-    49,152: 200 MB). A measurement that differs from a reference assignment only from some block on starts at
-        that block,
-    with the hidden states that the reference had there.
+    With p the teacher's probabilities and W·h the student's logits, everything of the teacher that
+
+        KL = Σ p log p − (Σ p w)·h + logsumexp(W·h)
+
+    needs is a number and a vector a token, computed once: a measurement goes over the vocabulary only for the
+    last term. One that differs from a reference assignment only from some block on starts at that block, with
+    the hidden states that the reference had there.
 
     Args:
         switching: the model; it is laid on full precision here.
@@ -36,10 +39,20 @@ class Divergence:
         self.reference: list[int] | None = None
         self._entering: list[Tensor] = []
         switching.set([FULL_PRECISION] * len(switching.groups))
+        head = self.model.get_output_embeddings()
+        # A head that is searched itself changes, inputs included; then the teacher's logits are needed whole.
+        self._fixed_head = not isinstance(head, SwitchingLinear) and head.bias is None
+        self._teacher_head = head.weight.detach().clone()
+        self._teacher_bias = None if head.bias is None else head.bias.detach().clone()
         with torch.no_grad():
-            hidden = self._hidden(0, None)
-            rows = [log_softmax(part, dim=-1).half() for part in self._logits(hidden)]
-        self._teacher = torch.cat(rows)
+            if self._fixed_head:
+                # What is common to all tokens of the vocabulary changes no probability, and rounds worse.
+                self._teacher_head -= self._teacher_head.mean(0)
+                self._fast_head = self._teacher_head.to(_head_dtype())
+            self._teacher = self._hidden(0, None)
+            if self._fixed_head:
+                parts = [self._summary(rows) for rows in self._teacher.split(_CHUNK_TOKENS)]
+                self._aim, self._entropy = (torch.cat(part) for part in zip(*parts, strict=True))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -57,7 +70,7 @@ class Divergence:
             for block in decoder_blocks(self.model)
         ]
         try:
-            value = float(self._mean(self._hidden(0, None)))
+            value = self._mean(self._hidden(0, None))
         finally:
             for handle in handles:
                 handle.remove()
@@ -69,17 +82,14 @@ class Divergence:
         """Divergence of an assignment, in nats a token."""
         self.switching.set(choice)
         start = self._first_difference(choice)
-        return float(self._mean(self._hidden(start, self._entering[start] if start else None)))
+        return self._mean(self._hidden(start, self._entering[start] if start else None))
 
     def differentiable(self, rows: slice) -> Tensor:
         """Divergence of some of the blocks of text as a scalar with gradients, at the assignment in force."""
-        hidden = decoder(self.model)(input_ids=self.text[rows], use_cache=False).last_hidden_state.flatten(
-            0, 1
-        )
-        size = self.text.shape[1]
-        teacher = self._teacher[(rows.start or 0) * size :][: len(hidden)].float()
-        student = log_softmax(self.model.get_output_embeddings()(hidden).float(), dim=-1)
-        return (teacher.exp() * (teacher - student)).sum(-1).mean()
+        states = decoder(self.model)(input_ids=self.text[rows], use_cache=False).last_hidden_state
+        hidden = states.flatten(0, 1)
+        first = (rows.start or 0) * self.text.shape[1]
+        return self._divergences(hidden, first).mean()
 
     def _first_difference(self, choice: Sequence[int]) -> int:
         """The first block that computes something else than in the reference; 0 where that is unknown."""
@@ -104,20 +114,40 @@ class Divergence:
                 states = body(inputs_embeds=entering, use_cache=False).last_hidden_state
         return states.flatten(0, 1)
 
-    def _logits(self, hidden: Tensor) -> Iterator[Tensor]:
-        head = self.model.get_output_embeddings()
-        for part in hidden.split(_CHUNK_TOKENS):
-            yield head(part).float()
+    def _summary(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ p w `[tokens, D]` and Σ p log p `[tokens]` of the teacher's last hidden states."""
+        found = log_softmax(linear(rows, self._teacher_head), dim=-1)
+        chances = found.exp()
+        return chances @ self._teacher_head, (chances * found).sum(-1)
 
-    def _mean(self, hidden: Tensor) -> Tensor:
-        total = hidden.new_zeros((), dtype=torch.float64)
-        for teacher, logits in zip(self._teacher.split(_CHUNK_TOKENS), self._logits(hidden), strict=True):
-            wanted = teacher.float()
-            total += (wanted.exp() * (wanted - log_softmax(logits, dim=-1))).sum(dtype=torch.float64)
+    def _divergences(self, hidden: Tensor, first: int) -> Tensor:
+        """KL of each token from the student's last hidden states, the first of which is token `first`."""
+        tokens = slice(first, first + len(hidden))
+        head = self.model.get_output_embeddings()
+        if not self._fixed_head:
+            target = log_softmax(
+                linear(self._teacher[tokens], self._teacher_head, self._teacher_bias), dim=-1
+            )
+            return (target.exp() * (target - log_softmax(head(hidden).float(), dim=-1))).sum(-1)
+        weight = self._teacher_head if torch.is_grad_enabled() else self._fast_head
+        logits = linear(hidden.to(weight.dtype), weight)
+        agreement = (self._aim[tokens] * hidden).sum(-1)
+        return self._entropy[tokens] - agreement + logits.float().logsumexp(-1)
+
+    def _mean(self, hidden: Tensor) -> float:
+        total = 0.0
+        for first in range(0, len(hidden), _CHUNK_TOKENS):
+            rows = hidden[first : first + _CHUNK_TOKENS]
+            total += float(self._divergences(rows, first).sum(dtype=torch.float64))
         return total / len(hidden)
 
     def _keep_input(self, _: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Tensor]) -> None:
         self._entering.append(inputs[0] if inputs else arguments["hidden_states"])
+
+
+def _head_dtype() -> torch.dtype:
+    """The dtype of the head's product: bf16 where the processor multiplies it."""
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 @contextmanager

@@ -55,7 +55,7 @@ class SearchSettings:
     budgets: tuple[str, ...]
     candidates: tuple[str, ...] = ("8",)
     blocks: int = 8
-    block_size: int = 256
+    block_size: int = 128
     trials: int = 24
     seconds: float = 600.0
     fused: bool = True
