@@ -30,7 +30,7 @@ from qatapult.trainer.tracking.trackers import Tracking
 _SHARED_STAGES = ("qat",)
 
 
-def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False) -> None:
+def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False, plots: bool = True) -> None:
     """Do what is left of a run, and show the recovery table.
 
     Args:
@@ -38,6 +38,7 @@ def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False) 
         runs: folder of the runs.
         quiet: show no progress.
         as_json: print `report.json` instead of the table.
+        plots: draw the report's static plots (`qatapult report RUN` draws them later).
 
     Raises:
         UserError: if the input is bad or the folder holds another recipe's run; nothing is written then.
@@ -58,7 +59,7 @@ def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False) 
             write_atomically(folder.recipe, dump_recipe(recipe))
             write_json(folder.environment, describe_environment(accelerator))
         _run_stages(context, owner)
-        _finish(context, as_json)
+        _finish(context, as_json, plots)
     except Interrupted:
         console.say(f"interrupted; a checkpoint is written. The same command goes on: {_command()}")
         sys.exit(INTERRUPTED)
@@ -119,11 +120,11 @@ def _agree(context: Context, stage: str) -> tuple[bool, bool]:
     return everyone[0][0], any(told for _, told in everyone)
 
 
-def _finish(context: Context, as_json: bool) -> None:
+def _finish(context: Context, as_json: bool, plots: bool) -> None:
     if not context.accelerator.is_main_process:
         return
     # Written once more, now that the report stage's own cost is known.
-    page = write_report(context.run)
+    page = write_report(context.run, plots)
     report = json.loads(context.run.report_json.read_text(encoding="utf-8"))
     context.tracking.finish(report)
     if as_json:

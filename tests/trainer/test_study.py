@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from qatapult.trainer.recipe.errors import UserError
-from qatapult.trainer.recipe.loading import dump_recipe
+from qatapult.trainer.recipe.loading import dump_recipe, load_recipe
 from qatapult.trainer.run_folder import RunFolder, write_json
+from qatapult.trainer.study.models import model_folder
 from qatapult.trainer.study.page import render
 from qatapult.trainer.study.plan import PlannedRun, plan_runs
 from qatapult.trainer.study.results import CellResult, collect, over_seeds, read_curve
@@ -151,6 +152,33 @@ def test_runs_that_began_and_stages_that_are_not_finished_are_left_alone(tmp_pat
     begin(planned[1], tmp_path)
     assert share_before(planned[1], planned, tmp_path) == []
     assert share_before(planned[2], planned, tmp_path) == ["baseline"]
+
+
+def test_studies_share_a_model_that_they_would_train_alike(tmp_path: Path) -> None:
+    bits, tricks = load_study("bits"), load_study("tricks")
+    one, other = (model_folder(study, "small", tmp_path, "bytes-1m") for study in (bits, tricks))
+    assert one == other
+    assert model_folder(bits, "full", tmp_path, "bytes-1m") != one  # blocks of another length
+
+
+@pytest.mark.slow
+def test_text_of_the_teachers_own_is_written_once_and_trained_on(tmp_path: Path) -> None:
+    cell = STUDY["cells"][1] | {"own_text": True}
+    sizes = {"small": {"seeds": [0], "writing": {"documents": 24, "tokens": 32}}}
+    study = study_with(cells=[cell], sizes=sizes)
+    heard: list[str] = []
+    assert run_study(study, "small", tmp_path, say=heard.append) == []
+    file = tmp_path / "mini-small" / "texts" / "short.jsonl"
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 24
+    recipe = load_recipe(tmp_path / "mini-small-short-s0" / "recipe.yaml")
+    assert [source.kind for source in recipe.data.train] == ["cpython_docs", "jsonl"]
+    run_study(study, "small", tmp_path, say=heard.append)
+    assert "short.jsonl: written before" in heard
+
+
+def test_own_text_without_a_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="`writing`"):
+        study_with(cells=[STUDY["cells"][0] | {"own_text": True}])
 
 
 def test_page_has_the_figures_over_seeds_and_the_briefs(tmp_path: Path) -> None:

@@ -76,12 +76,12 @@ def study(
 def _submit(name: str, size: str, runs: Path, profile: str, at_once: int) -> None:
     from qatapult.launch.submit import Target, submit_sweep
     from qatapult.trainer.study.plan import plan_runs
-    from qatapult.trainer.study.run import prepare_models, share_before
+    from qatapult.trainer.study.run import prepare_inputs, share_before
     from qatapult.trainer.study.schema import load_study
 
     described = load_study(name)
-    prepare_models(described, size, runs, typer.echo)
     planned = plan_runs(described, size, runs)
+    prepare_inputs(described, size, runs, planned, typer.echo)
     left = [run for run in planned if not run.folder(runs).stage("report").exists()]
     if not left:
         raise UserError(f"study {described.name}: all runs are finished; --only-page writes the page")

@@ -87,6 +87,7 @@ def write(
     ),
     documents: Annotated[int, typer.Option(min=1, help="Documents in the file.")] = 256,
     tokens: Annotated[int, typer.Option(min=2, help="Longest document.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Documents at a time.")] = 16,
 ) -> None:
     """Let the full-precision model write training text, for a checkpoint whose data nobody has any more.
 
@@ -109,6 +110,7 @@ def write(
             documents,
             tokens,
             loaded.seed,
+            batch_size,
             on_progress=meter.update,
         )
     typer.echo(f"{out}: train with data.train=[{{kind: jsonl, path: {out}}}]")

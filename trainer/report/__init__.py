@@ -7,11 +7,12 @@ from pathlib import Path
 from qatapult.trainer.run_folder import RunFolder, write_json
 
 
-def write_report(run: RunFolder | Path) -> Path:
+def write_report(run: RunFolder | Path, plots: bool = True) -> Path:
     """Build or rebuild the report of a run, finished or not.
 
     Args:
         run: the run's folder.
+        plots: draw the static plots too, which takes longer than all the rest.
 
     Returns:
         Path of `report.html`; `report.json` and `plots/` lie beside it.
@@ -24,5 +25,6 @@ def write_report(run: RunFolder | Path) -> Path:
     folder = run if isinstance(run, RunFolder) else RunFolder(Path(run))
     report, curves = summarize(folder), read_curves(folder.read_metrics())
     write_json(folder.report_json, report)
-    write_plots(folder.plots, report, curves)
+    if plots:
+        write_plots(folder.plots, report, curves)
     return write_html(folder, report, curves)

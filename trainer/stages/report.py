@@ -1,4 +1,4 @@
-"""Stage `report`: `report.json`, `report.html` and plots from what the other stages left."""
+"""Stage `report`: `report.json` and `report.html` from what the other stages left; plots follow at the end."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from qatapult.trainer.report import write_report
 def run(context: Context) -> dict[str, Any]:
     """Write the report."""
     meter = context.meter()
-    write_report(context.run)
+    write_report(context.run, plots=False)
     return {"cost": meter.cost(0)}

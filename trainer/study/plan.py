@@ -8,7 +8,9 @@ from pathlib import Path
 from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.recipe.schema import Recipe
 from qatapult.trainer.run_folder import RunFolder
+from qatapult.trainer.study.models import model_folder
 from qatapult.trainer.study.schema import Cell, Study
+from qatapult.trainer.study.texts import text_file, with_own_text
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,8 @@ class PlannedRun:
 
 
 def study_folder(study: Study, size: str, runs: Path) -> Path:
-    """Where a study keeps its recipes, its pretrained models and its page."""
+    """Where a study keeps its recipes, the text written for it and its page."""
     return runs / f"{study.name}-{size}"
-
-
-def model_folder(study: Study, size: str, runs: Path, model: str) -> Path:
-    """Where a model that the study trains from scratch is kept."""
-    return study_folder(study, size, runs) / "models" / model
 
 
 def plan_runs(study: Study, size: str, runs: Path) -> list[PlannedRun]:
@@ -56,5 +53,9 @@ def plan_runs(study: Study, size: str, runs: Path) -> list[PlannedRun]:
         if cell.model is not None:
             own.append(f"model.source={model_folder(study, size, runs, cell.model).absolute()}")
         overrides = [*study.overrides, *chosen.overrides, *cell.overrides, *own]
-        planned.append(PlannedRun(cell, seed, load_recipe(study.recipe, overrides)))
+        recipe = load_recipe(study.recipe, overrides)
+        if cell.own_text:
+            file = text_file(study_folder(study, size, runs), cell)
+            recipe = load_recipe(study.recipe, [*overrides, with_own_text(recipe, file)])
+        planned.append(PlannedRun(cell, seed, recipe))
     return planned

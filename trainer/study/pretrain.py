@@ -18,10 +18,8 @@ from qatapult.trainer.data.byte_tokenizer import byte_tokenizer
 from qatapult.trainer.loop.engine import create_accelerator
 from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.training import Trainer
-from qatapult.trainer.recipe.loading import load_recipe
-from qatapult.trainer.recipe.schema import Recipe
-from qatapult.trainer.study.plan import model_folder, study_folder
-from qatapult.trainer.study.schema import Pretraining, Study
+from qatapult.trainer.study.models import model_folder, training_recipe
+from qatapult.trainer.study.schema import Study
 
 
 def pretrain(study: Study, size: str, name: str, runs: Path) -> None:
@@ -42,7 +40,8 @@ def pretrain(study: Study, size: str, name: str, runs: Path) -> None:
         config = AutoConfig.for_model("llama", **{"vocab_size": len(tokenizer), **settings.shape})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     accelerator, console = create_accelerator(recipe), Console()
-    folder = study_folder(study, size, runs) / "pretraining" / name
+    target = model_folder(study, size, runs, name)
+    folder = target.parent / "pretraining" / target.name
     data = load_data(recipe, tokenizer)
     trainer = Trainer(
         accelerator, recipe, model.to(accelerator.device), None, data, folder, MetricsLog(None), console
@@ -52,27 +51,10 @@ def pretrain(study: Study, size: str, name: str, runs: Path) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.say(f"model {name}: {parameters:,} parameters, perplexity a byte {trainer.evaluate().value:.3f}")
     if accelerator.is_main_process:
-        target = model_folder(study, size, runs, name)
         building = target.with_name(f".{name}.building")
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
         building.rename(target)
-
-
-def training_recipe(study: Study, size: str, settings: Pretraining) -> Recipe:
-    """The study's recipe, turned into one for plain training of all weights on the text."""
-    chosen = study.size(size)
-    tokens = max(1, round(settings.tokens * chosen.pretraining_share))
-    own = [
-        f"name={study.name}-pretraining",
-        "model.source=random:tiny",
-        f"qat.tokens={tokens}",
-        "qat.trainable=all",
-        "qat.distillation.kind=none",
-        f"qat.optimizer.learning_rate={settings.learning_rate}",
-        "qat.optimizer.weight_decay=0.1",
-    ]
-    return load_recipe(study.recipe, [*study.overrides, *chosen.overrides, *own])
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import dump_recipe
 from qatapult.trainer.recipe.schema import Recipe
 from qatapult.trainer.run_folder import write_atomically
-from qatapult.trainer.study.plan import PlannedRun, model_folder, plan_runs, study_folder
+from qatapult.trainer.study.models import model_folder
+from qatapult.trainer.study.plan import PlannedRun, plan_runs, study_folder
 from qatapult.trainer.study.schema import Study
 from qatapult.trainer.study.sharing import share_stages
+from qatapult.trainer.study.texts import text_file, write_text
 
 
 def run_study(
@@ -38,8 +40,8 @@ def run_study(
         UserError: if a cell is not a sensible recipe, before anything is run.
         SystemExit: after an interruption; the same call goes on.
     """
-    prepare_models(study, size, runs, say)
     planned = plan_runs(study, size, runs)
+    prepare_inputs(study, size, runs, planned, say)
     failed = []
     for number, run in enumerate(planned, start=1):
         name, folder = run.recipe.name, run.folder(runs)
@@ -75,7 +77,7 @@ def _run_here(recipe: Recipe, runs: Path) -> str:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     try:
-        pipeline.run(recipe, runs, quiet=True)
+        pipeline.run(recipe, runs, quiet=True, plots=False)
     except UserError as error:
         return f"failed: {error}"
     except Exception:
@@ -92,6 +94,21 @@ def share_before(run: PlannedRun, planned: Sequence[PlannedRun], runs: Path) -> 
     """Give a run the stages that another run of the study has finished."""
     others = [(other.folder(runs), other.recipe) for other in planned if other is not run]
     return share_stages(run.folder(runs), run.recipe, others)
+
+
+def prepare_inputs(
+    study: Study, size: str, runs: Path, planned: Sequence[PlannedRun], say: Callable[[str], None]
+) -> None:
+    """What the runs need before any of them starts: models trained from scratch, text written by them.
+
+    Raises:
+        UserError: if a training or a writing fails.
+    """
+    prepare_models(study, size, runs, say)
+    writing = study.size(size).writing
+    for cell, recipe in {run.cell.name: (run.cell, run.recipe) for run in planned}.values():
+        if cell.own_text and writing is not None:
+            write_text(recipe, writing, text_file(study_folder(study, size, runs), cell), say)
 
 
 def prepare_models(study: Study, size: str, runs: Path, say: Callable[[str], None]) -> None:

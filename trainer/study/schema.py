@@ -32,6 +32,9 @@ class Cell(_Part):
     brief: str = Field("", description="What the brief that the project starts from claims for it.")
     literature: str = Field("", description="What others measured, with the source.")
     seeds: tuple[int, ...] | None = Field(None, description="Instead of the size's seeds.")
+    own_text: bool = Field(
+        False, description="Train also on text that the full-precision model wrote: see the size's `writing`."
+    )
 
 
 class Pretraining(_Part):
@@ -42,6 +45,13 @@ class Pretraining(_Part):
     learning_rate: float = Field(2e-3, gt=0, description="Peak rate.")
 
 
+class Writing(_Part):
+    """Text that the full-precision model writes, for cells with `own_text`."""
+
+    documents: int = Field(gt=0, description="How many.")
+    tokens: int = Field(gt=1, description="Longest document.")
+
+
 class Size(_Part):
     """How much of everything: `small` ends within minutes on two cores, `full` is for a GPU node."""
 
@@ -50,6 +60,7 @@ class Size(_Part):
     cells: tuple[Name, ...] | None = Field(None, description="Only these cells; all if absent.")
     model: str | None = Field(None, description="One of `models` for the cells that name none.")
     pretraining_share: float = Field(1.0, gt=0, le=1, description="Share of the pretraining's tokens.")
+    writing: Writing | None = Field(None, description="How much text cells with `own_text` get.")
 
 
 class Study(_Part):
@@ -78,6 +89,9 @@ class Study(_Part):
                     f"cells: {cell.name} asks for model '{cell.model}', which `models` does not have"
                 )
         for size in self.sizes.values():
+            asking = [cell.name for cell in self.cells if cell.own_text]
+            if asking and size.writing is None:
+                raise ValueError(f"sizes: {asking[0]} asks for own_text, and a size has no `writing`")
             if size.model is not None and size.model not in self.models:
                 raise ValueError(f"sizes: there is no model '{size.model}' in `models`")
             unknown = set(size.cells or ()) - set(names)
