@@ -14,8 +14,9 @@ from accelerate import DistributedType, PartialState
 
 from qatapult.trainer.console import Console
 from qatapult.trainer.data.blocks import load_data
+from qatapult.trainer.distill.layers import pair_layers
 from qatapult.trainer.distill.teacher import InProcessTeacher
-from qatapult.trainer.loop.engine import create_accelerator
+from qatapult.trainer.loop.engine import create_accelerator, local_tensors
 from qatapult.trainer.loop.interrupt import Interrupted
 from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.training import Trainer
@@ -40,11 +41,15 @@ def main() -> None:
     model = load_model(recipe.model)
     prepare(model, recipe.quantization)
     run = RunFolder(Path(folder))
+    full_precision = load_model(recipe.model)
+    whole = sum(parameter.numel() for parameter in full_precision.parameters())
+    pairing = pair_layers(recipe.qat.distillation, model.config, full_precision.config)
+    teacher = InProcessTeacher(full_precision, accelerator, pairing)
     trainer = Trainer(
         accelerator,
         recipe,
         model,
-        InProcessTeacher(load_model(recipe.model), accelerator),
+        teacher,
         load_data(recipe, load_tokenizer(recipe.model)),
         run.checkpoints,
         MetricsLog(run if accelerator.is_main_process else None),
@@ -60,7 +65,9 @@ def main() -> None:
         scales = [
             float(t.double().sum()) for name, t in sorted(weights.items()) if name.endswith("weight_scale")
         ]
+        held = sum(tensor.numel() for tensor in local_tensors(list(teacher.model.parameters())))
         result = {"engine": str(accelerator.distributed_type), "processes": accelerator.num_processes}
+        result |= {"teacher_share": held / whole}
         (run.path / "result.json").write_text(
             json.dumps(result | {"steps": state.step, "perplexity": held_out, "scales": scales})
         )

@@ -65,6 +65,7 @@ def run(engine: str, processes: int, folder: Path, *overrides: str) -> dict[str,
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((folder / "result.json").read_text())
+    result["lines"] = [line for line in RunFolder(folder).read_metrics() if "train/loss" in line]
     result["losses"] = losses(folder)
     return result
 
@@ -115,6 +116,38 @@ def test_fsdp2(alone: dict[str, Any], tmp_path: Path) -> None:
     result = run("fsdp2", 2, tmp_path)
     assert "FSDP" in result["engine"]
     assert_same(result, alone)
+    assert result["teacher_share"] < 0.51  # of its parameters, between two steps
+
+
+LAYERS = ("qat.distillation.hidden={weight: 1}", "qat.distillation.attention={weight: 1, pairs: auto}")
+
+
+@pytest.fixture(scope="module")
+def alone_with_layers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run("none", 1, tmp_path_factory.mktemp("alone-layers"), *LAYERS)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_losses_between_layers(engine: str, alone_with_layers: dict[str, Any], tmp_path: Path) -> None:
+    result = run(engine, 2, tmp_path, *LAYERS, "qat.gradient_checkpointing=true")
+    assert_same(result, alone_with_layers)
+    for name in ("train/hidden_loss", "train/attention_loss"):
+        expected = [line[name] for line in alone_with_layers["lines"]]
+        assert all(value > 0 for value in expected)
+        assert [line[name] for line in result["lines"]] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_sharded_teacher_is_never_whole(tmp_path: Path) -> None:
+    """Of 16 layers and a small vocabulary, a process holds its half and what is gathered at the moment."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    worker = [f"--master-port={free_port()}", str(HERE / "teacher_memory_worker.py"), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | FSDP
+    done = subprocess.run([*launch, *worker], env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        shares = json.loads((tmp_path / f"shares-{rank}.json").read_text())
+        assert len(shares) == 16  # one a layer, while it computes
+        assert 0.5 < max(shares) <= 0.6
 
 
 @pytest.mark.slow

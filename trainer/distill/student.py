@@ -6,7 +6,7 @@ both heads, so that the logits of a batch are never held.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from qatapult.kernels import distillation_loss, topk_distillation_loss
+from qatapult.trainer.distill.layer_losses import attention_loss, hidden_loss
+from qatapult.trainer.distill.layers import LayerStates, Pairing, Taps, relation_heads, tapped
 from qatapult.trainer.evaluate.perplexity import last_hidden, token_losses
 from qatapult.trainer.quantize.modules import QuantizedWeight
 from qatapult.trainer.recipe.schema import Distillation
@@ -31,6 +33,8 @@ class TeacherSignal:
         top_indices: int64 `[B, S, k]`, from the cache.
         top_logprobs: `[B, S, k]`, from the cache.
         tail_mass: `[B, S]`, probability outside the k tokens.
+        pairing: which of the student's layers are compared with which of the teacher's.
+        layers: what the teacher's layers of the pairing gave.
     """
 
     hidden: Tensor | None = None
@@ -38,6 +42,8 @@ class TeacherSignal:
     top_indices: Tensor | None = None
     top_logprobs: Tensor | None = None
     tail_mass: Tensor | None = None
+    pairing: Pairing = field(default_factory=Pairing)
+    layers: LayerStates = field(default_factory=LayerStates)
 
 
 @dataclass(frozen=True)
@@ -48,11 +54,15 @@ class LossParts:
         loss: scalar with a gradient.
         kl: detached scalar.
         tokens: how many tokens the sums are over.
+        hidden: detached scalar, distance of hidden states before its weight; None where it is not asked for.
+        attention: detached scalar, likewise of attention relations.
     """
 
     loss: Tensor
     kl: Tensor
     tokens: int
+    hidden: Tensor | None = None
+    attention: Tensor | None = None
 
 
 class Student(nn.Module):
@@ -83,12 +93,17 @@ class Student(nn.Module):
         """
         if present is None:
             return token_losses(self.model, ids)
-        hidden = last_hidden(self.model, ids)
+        with tapped(self.model, Taps() if teacher is None else teacher.pairing.student) as layers:
+            hidden = last_hidden(self.model, ids)
         labels = nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORED)
         labels = labels.masked_fill(~present[:, None], IGNORED)
         if teacher is None:
             return self._text_loss(hidden, labels)
-        return self._distillation_loss(hidden, labels, present, teacher)
+        parts = self._distillation_loss(hidden, labels, present, teacher)
+        counted = present[:, None].expand(ids.shape)
+        if self.distillation.cross_entropy:
+            counted = counted & (labels != IGNORED)
+        return self._with_layers(parts, layers, teacher, counted)
 
     def head_weight(self) -> Tensor:
         """The output head as the forward pass uses it, `[V, D]`."""
@@ -122,6 +137,20 @@ class Student(nn.Module):
                 **options,
             )
         return LossParts(loss, parts["kl"], int(parts["tokens"]))
+
+    def _with_layers(
+        self, parts: LossParts, layers: LayerStates, teacher: TeacherSignal, counted: Tensor
+    ) -> LossParts:
+        """Add the losses between layers that the recipe asks for."""
+        hidden, attention = self.distillation.hidden, self.distillation.attention
+        if hidden is not None and teacher.pairing.hidden:
+            term = hidden_loss(layers, teacher.layers, teacher.pairing, counted, hidden)
+            parts = replace(parts, loss=parts.loss + hidden.weight * term, hidden=term.detach())
+        if attention is not None and teacher.pairing.attention:
+            heads = relation_heads(attention, self.model.config)
+            term = attention_loss(layers, teacher.layers, teacher.pairing, counted, heads)
+            parts = replace(parts, loss=parts.loss + attention.weight * term, attention=term.detach())
+        return parts
 
     def _text_loss(self, hidden: Tensor, labels: Tensor) -> LossParts:
         logits = nn.functional.linear(hidden, self.head_weight()).flatten(0, 1)

@@ -1,7 +1,7 @@
 """The full-precision teacher in the same processes, sharded as the student is.
 
 Under FSDP2 and ZeRO-3 each process holds its share of the teacher; a layer is gathered while it computes and let
-go again. Only the output head is whole while the loss is computed. Under the other engines, where the student
+go again. Only a copy of the output head is whole while the loss is computed. Under the other engines, where the student
 is whole on every process too, so is the teacher.
 """
 
@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qatapult.trainer.distill.layers import LayerStates, Pairing, tapped
 from qatapult.trainer.distill.student import TeacherSignal
 from qatapult.trainer.evaluate.perplexity import decoder, last_hidden
 
@@ -36,32 +37,38 @@ class InProcessTeacher:
     Args:
         model: full precision; put into evaluation mode and never trained.
         accelerator: shards the model as its engine shards the student; None keeps it whole.
+        pairing: layers that the student's are compared with.
     """
 
-    def __init__(self, model: PreTrainedModel, accelerator: Accelerator | None = None) -> None:
-        module = _TeacherModule(model.eval().requires_grad_(False))
+    def __init__(
+        self, model: PreTrainedModel, accelerator: Accelerator | None = None, pairing: Pairing | None = None
+    ) -> None:
+        self.pairing = pairing or Pairing()
+        module = _TeacherModule(model.eval().requires_grad_(False), self.pairing)
         self.model = model
         self._forward: nn.Module = module if accelerator is None else _sharded(module, accelerator)
 
     @torch.no_grad()
     def signal(self, ids: Tensor, blocks: Tensor) -> TeacherSignal:
         """See `Teacher`."""
-        hidden, head = self._forward(ids)
-        return TeacherSignal(hidden=hidden, head=head)
+        hidden, head, layers = self._forward(ids)
+        return TeacherSignal(hidden=hidden, head=head, pairing=self.pairing, layers=layers)
 
 
 class _TeacherModule(nn.Module):
     """Hidden states and head in one forward pass, inside which sharded engines have gathered both."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, pairing: Pairing) -> None:
         super().__init__()
         self.model = model
+        self.taps = pairing.teacher
         self.copies_head = False
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, LayerStates]:
         head = self.model.get_output_embeddings().weight
-        hidden = last_hidden(self.model, ids)
-        return hidden, head.clone() if self.copies_head else head
+        with tapped(self.model, self.taps) as layers:
+            hidden = last_hidden(self.model, ids)
+        return hidden, head.clone() if self.copies_head else head, layers
 
 
 def _sharded(module: _TeacherModule, accelerator: Accelerator) -> nn.Module:
@@ -79,13 +86,15 @@ def zero_stage(accelerator: Accelerator) -> int:
 
 
 def _fsdp2(module: _TeacherModule) -> nn.Module:
-    """Shard layer by layer (torch's FSDP2); the rest, embeddings and head, is the root's."""
+    """Shard layer by layer (torch's FSDP2), the embeddings by themselves; the head is the root's."""
     from torch.distributed.fsdp import fully_shard
 
+    module.copies_head = True  # the gathered head is let go when the forward pass ends
     for layer in decoder(module.model).get_submodule("layers").children():
         fully_shard(layer)
-    # The head must outlive the root's forward pass, until the loss has used it.
-    fully_shard(module, reshard_after_forward=False)
+    if not module.model.config.tie_word_embeddings:
+        fully_shard(module.model.get_input_embeddings())
+    fully_shard(module, reshard_after_forward=True)
     return module
 
 

@@ -53,6 +53,8 @@ class StepResult:
     kl: float
     grad_norm: float
     loader_seconds: float
+    hidden: float | None = None
+    attention: float | None = None
 
     @property
     def finite(self) -> bool:
@@ -179,7 +181,7 @@ class Trainer:
         """One optimizer step; the losses and gradients are averages over all tokens of all processes."""
         self.student.train()
         self._apply_schedules()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.accelerator.device)
         loader_seconds = 0.0
         positions = self._positions_per_block() * self.plan.blocks_per_step
         for indices in self.plan.step(self.state.step):
@@ -190,16 +192,32 @@ class Trainer:
             with self.accelerator.accumulate(self.student):
                 signal = self.teacher.signal(ids, indices) if self.teacher else None
                 parts: LossParts = self.student(ids, present, signal)
+                del signal  # the teacher's head and states need not outlive the forward pass
                 if self._steps_inside_backward and self._anywhere(not math.isfinite(float(parts.loss))):
                     return StepResult(math.nan, math.nan, math.nan, loader_seconds)
                 # DDP averages over processes and `backward` over micro-batches: undo both, so that the sum
                 # over all tokens is divided by their number and by nothing else.
                 share = self.plan.world_size * self.plan.micro_batches / positions
                 self.accelerator.backward(parts.loss * share)
-                sums += torch.stack([parts.loss.detach(), parts.kl, parts.loss.new_tensor(parts.tokens)])
+                sums += self._sums(parts)
         norm = gradient_norm(self.accelerator, self.student, self.qat.optimizer.gradient_clip)
-        loss, kl, tokens = self.accelerator.reduce(sums, "sum").tolist()
-        return StepResult(loss / tokens, kl / tokens, norm, loader_seconds)
+        loss, kl, tokens, hidden, attention = self.accelerator.reduce(sums, "sum").tolist()
+        distillation = self.qat.distillation
+        return StepResult(
+            loss / tokens,
+            kl / tokens,
+            norm,
+            loader_seconds,
+            hidden=None if distillation.hidden is None else hidden / tokens,
+            attention=None if distillation.attention is None else attention / tokens,
+        )
+
+    @staticmethod
+    def _sums(parts: LossParts) -> Tensor:
+        """The sums of a micro-batch in one tensor, `[5]`: what processes exchange."""
+        none = parts.kl.new_zeros(())
+        layers = [none if term is None else term for term in (parts.hidden, parts.attention)]
+        return torch.stack([parts.loss.detach(), parts.kl, parts.loss.new_tensor(parts.tokens), *layers])
 
     def _positions_per_block(self) -> int:
         """Tokens of a block that have a loss: the last has no next token to predict."""
@@ -271,10 +289,12 @@ class Trainer:
         )
 
     def _log_step(self, result: StepResult, seconds: float) -> None:
+        layers = {"train/hidden_loss": result.hidden, "train/attention_loss": result.attention}
         self.log.write(
             {
                 "train/loss": result.loss,
                 "train/kl": result.kl,
+                **{name: value for name, value in layers.items() if value is not None},
                 "train/learning_rate": self.optimizer.param_groups[0]["lr"],
                 "train/grad_norm": result.grad_norm,
                 "train/tokens_per_second": self.tokens_per_step / seconds,

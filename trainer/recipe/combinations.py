@@ -30,10 +30,48 @@ def check_combination(recipe: Recipe) -> None:
         raise ValueError(
             f"qat.trainable 'scales' does not go with qat.method '{qat.method}', which learns none"
         )
+    if qat.blockwise_tokens and _turned_by(recipe):
+        raise ValueError(
+            f"qat.blockwise_tokens compares each block's outputs, and ptq '{_turned_by(recipe)}' rotates them; "
+            "use ptq.initialize_from=gptq, or qat.blockwise_tokens=0"
+        )
     phases = qat.schedule.phases
     if phases and weights is not None and phases[-1].weights.scheme != weights.scheme:
         raise ValueError("qat.schedule.phases must end at quantization.weights, the grid that is deployed")
     if phases and any(p.weights.group_size != phases[-1].weights.group_size for p in phases):
         raise ValueError("qat.schedule.phases must keep one granularity: learned scales keep their shape")
-    if qat.distillation.kind == "none" and (qat.distillation.cache or qat.distillation.teacher):
+    _check_distillation(recipe)
+
+
+def _check_distillation(recipe: Recipe) -> None:
+    """Which losses go with which teacher."""
+    distillation = recipe.qat.distillation
+    if distillation.kind == "none" and (distillation.cache or distillation.teacher):
         raise ValueError("qat.distillation.kind 'none' uses no teacher; remove teacher and cache")
+    for name in ("hidden", "attention"):
+        if getattr(distillation, name) is None:
+            continue
+        if distillation.kind == "none":
+            raise ValueError(f"qat.distillation.{name} needs a teacher; set qat.distillation.kind=forward_kl")
+        if distillation.cache is not None:
+            raise ValueError(
+                f"qat.distillation.{name} needs the teacher's layers, and a cache holds its logits alone; "
+                f"remove qat.distillation.{name} or qat.distillation.cache"
+            )
+    turned = _turned_by(recipe)
+    if turned and distillation.hidden is not None:
+        raise ValueError(
+            f"qat.distillation.hidden compares hidden states, and ptq '{turned}' rotates the student's; "
+            "use qat.distillation.attention, or ptq.initialize_from=gptq"
+        )
+
+
+#: Post-training methods after which hidden states are another basis' coordinates.
+_ROTATIONS = ("hadamard", "spinquant")
+
+
+def _turned_by(recipe: Recipe) -> str | None:
+    """The rotation that training may start from, if there is one."""
+    start = recipe.ptq.initialize_from
+    candidates = recipe.ptq.methods if start == "best" else (start,)
+    return next((method for method in candidates if method in _ROTATIONS), None)

@@ -237,6 +237,47 @@ class Ptq(Section):
     )
 
 
+LayerPairs = Literal["auto"] | tuple[tuple[int, int], ...]
+
+
+class HiddenLoss(Section):
+    """Hidden states against the teacher's, layer by layer, beside the divergence of the logits."""
+
+    weight: float = Field(1.0, gt=0, description="Factor of this loss in the sum.")
+    pairs: LayerPairs = Field(
+        "auto",
+        description="`[[student layer, teacher layer], …]`, from 0, the outputs of which are compared; `auto` "
+        "takes every layer of the student and spreads the teacher's evenly over them.",
+    )
+    loss: Literal["mse", "cosine"] = Field(
+        "mse", description="Squared distance, or one minus the cosine of the angle."
+    )
+    normalize: bool = Field(
+        True, description="Divide a token's squared distance by the teacher's mean square of that token."
+    )
+
+
+Relation = Literal["query", "key", "value"]
+
+
+class AttentionLoss(Section):
+    """Self-attention relations against the teacher's (MiniLMv2, arXiv:2012.15828); no attention map is held."""
+
+    weight: float = Field(1.0, gt=0, description="Factor of this loss in the sum.")
+    pairs: LayerPairs | Literal["last"] = Field(
+        "last",
+        description="As for hidden states; `last` is the last layer of both, `auto` every layer of the student.",
+    )
+    relations: tuple[Relation, ...] = Field(
+        ("query", "key", "value"), min_length=1, description="Which projections are related to themselves."
+    )
+    heads: Positive | None = Field(
+        None,
+        description="Heads that a projection is cut into; by default the student's key and value heads. Must divide "
+        "the width of each projection, the teacher's too.",
+    )
+
+
 class Distillation(Section):
     """What the student is trained against."""
 
@@ -252,6 +293,12 @@ class Distillation(Section):
         description="Another model to distil from (same tokenizer); by default the full-precision model.",
     )
     cache: str | None = Field(None, description="Folder of cached teacher logits; then no teacher is loaded.")
+    hidden: HiddenLoss | None = Field(
+        None, description="Also compare hidden states of layers; none if absent."
+    )
+    attention: AttentionLoss | None = Field(
+        None, description="Also compare self-attention relations of layers; none if absent."
+    )
 
 
 class Phase(Section):

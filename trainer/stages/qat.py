@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from qatapult.trainer.context import Context
 from qatapult.trainer.distill.cache import CachedTeacher
+from qatapult.trainer.distill.layers import pair_layers
 from qatapult.trainer.distill.teacher import InProcessTeacher, Teacher
 from qatapult.trainer.loop.blockwise import train_blockwise
 from qatapult.trainer.loop.checkpoint import list_checkpoints, require_disk_space
@@ -39,7 +40,7 @@ def run(context: Context) -> dict[str, Any]:
         context.accelerator,
         context.recipe,
         model,
-        build_teacher(context),
+        build_teacher(context, model),
         context.data,
         context.run.checkpoints,
         metrics_log(context),
@@ -94,7 +95,7 @@ def run_control(context: Context) -> dict[str, Any]:
     return {"perplexity": measured.value, "losses": measured.losses, "cost": meter.cost(state.tokens)}
 
 
-def build_teacher(context: Context) -> Teacher | None:
+def build_teacher(context: Context, student: PreTrainedModel) -> Teacher | None:
     """The teacher that the recipe asks for, in bf16 where the hardware multiplies it."""
     distillation = context.recipe.qat.distillation
     if distillation.kind == "none":
@@ -107,7 +108,9 @@ def build_teacher(context: Context) -> Teacher | None:
         source = source.model_copy(update={"source": distillation.teacher})
     dtype = torch.bfloat16 if multiplies_bf16(context.device) else torch.float32
     model = load_model(source, dtype).to(context.device)  # type: ignore[arg-type]
-    return InProcessTeacher(model, context.accelerator)
+    return InProcessTeacher(
+        model, context.accelerator, pair_layers(distillation, student.config, model.config)
+    )
 
 
 def metrics_log(context: Context) -> MetricsLog:
