@@ -111,7 +111,8 @@ def topk_distillation_loss(
     Args:
         student_hidden: `[..., D]`.
         student_head: `[V, D]`.
-        top_indices: `[..., k]` integers, different tokens of the vocabulary, in any order.
+        top_indices: `[..., k]` integers, different tokens of the vocabulary, in any order. A row with fewer than
+            k is filled up by repeating its first token; fillers count for nothing, whatever their log-probability.
         top_logprobs: `[..., k]`, the teacher's log-probabilities of them **at this temperature**.
         tail_mass: `[...]`, the teacher's probability of all other tokens. By default what `top_logprobs`
             leave of 1, which is inexact where they were stored in 16 bits.
@@ -142,7 +143,8 @@ def topk_distillation_loss(
     logprobs = top_logprobs.detach().to(precise)
     if tail_mass is None:
         # A cache of the whole vocabulary has no tail, not even one of rounding errors.
-        rest = (1 - logprobs.exp().sum(-1)).clamp(min=0)
+        filler = (top_indices == top_indices[..., :1]).index_fill(-1, top_indices.new_zeros(1).long(), False)
+        rest = (1 - logprobs.exp().masked_fill(filler, 0).sum(-1)).clamp(min=0)
         tail_mass = rest if k < student_head.shape[0] else torch.zeros_like(rest)
     _check_tokens("tail_mass", tail_mass.shape, tokens)
     buckets = torch.cat([logprobs, tail_mass.detach().to(precise).log().unsqueeze(-1)], -1)

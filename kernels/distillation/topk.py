@@ -7,6 +7,9 @@ tempered logits is
 
 * `b_j − q_j Σ b` for a cached token,
 * `q_j (b_T / q_T − Σ b)` for any other.
+
+Rows may have fewer tokens than the widest: they are filled up with repetitions of their first token, which count for
+nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def topk_rows_(
     Args:
         kernels: the passes over whole rows.
         student: `[C, V]` logits; overwritten.
-        top_indices: `[C, k]` int64, different tokens in a row.
+        top_indices: `[C, k]` int64, different tokens in a row, or repetitions of the first.
         teacher_buckets: `[C, k + 1]`, log-probabilities of the cached tokens and of the tail, at the
             objective's temperature, fp32 (float64 for float64 logits).
         labels: `[C]` int64, or None.
@@ -46,7 +49,11 @@ def topk_rows_(
     inverse = 1 / objective.temperature
     dtype = teacher_buckets.dtype
     target = None if labels is None else student.gather(-1, labels.unsqueeze(-1)).to(dtype).squeeze(-1)
-    top = student.gather(-1, top_indices).to(dtype)
+    filler = top_indices == top_indices[:, :1]
+    filler[:, :1] = False
+    teacher_buckets = teacher_buckets.clone()
+    teacher_buckets[:, :-1].masked_fill_(filler, float("-inf"))
+    top = student.gather(-1, top_indices).to(dtype).masked_fill_(filler, float("-inf"))
     student.scatter_(-1, top_indices, float("-inf"))
     buckets = torch.cat([top * inverse, kernels.logsumexp_rows(student, inverse).unsqueeze(-1)], -1)
     log_z = buckets.logsumexp(-1, keepdim=True)
@@ -61,6 +68,8 @@ def topk_rows_(
             student, (factor * tail_factor).squeeze(-1), log_z.squeeze(-1), inverse, hard, hard_z.squeeze(-1)
         )
         top_gradient = factor * top_slope + (hard * (top - hard_z).exp() if hard else 0)
+        # Fillers write what their first token does, to the same place.
+        top_gradient = torch.where(filler, top_gradient[:, :1], top_gradient)
         student.scatter_(-1, top_indices, top_gradient.to(student.dtype))
         if hard and labels is not None:
             student.scatter_add_(-1, labels.unsqueeze(-1), torch.full_like(student[:, :1], -hard))

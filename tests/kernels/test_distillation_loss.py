@@ -330,6 +330,22 @@ def test_cache_of_the_whole_vocabulary_is_the_whole_loss() -> None:
         assert_close(loss_and_gradients(cached, case), loss_and_gradients(whole, case), 1e-9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_short_rows_are_filled_up_with_their_first_token(kind: str) -> None:
+    """A row of three tokens and two fillers is worth what it is worth alone, in value and gradients."""
+    case = Case(5, 30, dtype=torch.float64)
+    options: dict[str, Any] = {"kind": kind, "ce_weight": 0.3, "labels": case.labels}
+    indices, logprobs, tail = case.cached(3)
+    short = topk_distillation_loss(*case.student, indices, logprobs, tail, **options)
+    filled = [
+        torch.cat([indices, *[indices[..., :1]] * 2], -1),
+        torch.cat([logprobs, torch.zeros_like(logprobs[..., :2])], -1),
+        tail,
+    ]
+    padded = topk_distillation_loss(*case.student, *filled, **options)
+    assert_close(loss_and_gradients(padded, case), loss_and_gradients(short, case), 1e-12)
+
+
 def test_cache_without_a_tail_takes_what_is_left_and_never_exceeds_the_whole_loss() -> None:
     case = Case(5, 30, dtype=torch.float64)
     indices, logprobs, tail = case.cached(4)
