@@ -218,7 +218,7 @@ def test_a_recipe_that_names_its_deployment_gets_its_grid(tmp_path: Path) -> Non
     ("quantization", "says"),
     [
         ("{deployment: gguf-q4_0, weights: {bits: 4}}", "leave weights out"),
-        ("{deployment: gguf-q2_k}", "cannot be trained here"),
+        ("{deployment: gguf-q2_k}", "'gguf-q4_0', 'gguf-q8_0', 'gguf-q4_1'"),
         ("{deployment: gguf-q8_0, activations: {bits: 8, granularity: token}}", "set activations to null"),
         ("{deployment: compressed-tensors, weights: {bits: 3}}", "4 or 8 bits"),
         (

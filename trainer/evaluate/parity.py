@@ -1,10 +1,17 @@
-"""Parity of the packed model with the fake-quantized one that was trained."""
+"""Parity of the packed model with the fake-quantized one that was trained.
+
+The trained model is asked in the arithmetic that is served: the integer forward of training (`quantized_linear` with
+mode `integer`), whichever of its two forwards the device trained with. In fp32 on fake-quantized values it is the same
+function up to rounding, and yet not comparable beyond the noise of the activations' own grid: an input that one
+rounding moves across the border of two int8 codes differs by a whole step, and such steps are what the next layers see.
+What that makes of the logits is reported beside the parity, as `fake_arithmetic`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +26,8 @@ from qatapult.trainer.quantize.prepare import quant_layers
 #: What the packed model has to reach against the trained one.
 LEAST_SQNR_DB = 40.0
 LEAST_TOP1_AGREEMENT = 0.995
+
+Mode = Literal["integer", "fake"]
 
 # Logits held at a time.
 _CHUNK = 64
@@ -38,26 +47,35 @@ def compare(trained: PreTrainedModel, packed: PreTrainedModel, ids: Tensor) -> d
     Returns:
         `{"codes_equal", "sqnr_db", "top1_agreement", "layers"}`. Each layer has `name`, `bits`,
         `granularity`, `codes_equal`, `bytes`, and `sqnr_db` of its output for the very input that the trained
-        model gives it.
+        model gives it. Where inputs are quantized, also `"fake_arithmetic": {"sqnr_db", "top1_agreement"}`: the same
+        against the trained model computing on fake-quantized values.
     """
     quantized, integers = quant_layers(trained), packed_layers(packed)
     noise = {name: _Noise() for name in integers}
-    with _comparing_layers(quantized, integers, noise):
+    with _arithmetic(quantized, "integer"), _comparing_layers(quantized, integers, noise):
         expected = last_hidden(trained, ids).flatten(0, 1)
     actual = last_hidden(packed, ids).flatten(0, 1)
     layers = [_layer(name, layer, quantized[name], noise[name]) for name, layer in integers.items()]
+    result: dict[str, Any] = {"codes_equal": all(layer["codes_equal"] for layer in layers)}
+    result |= _logits(trained, packed, expected, actual)
+    if any(layer.activation_scheme is not None for layer in integers.values()):
+        with _arithmetic(quantized, "fake"):
+            faked = last_hidden(trained, ids).flatten(0, 1)
+        result["fake_arithmetic"] = _logits(trained, packed, faked, actual)
+    return result | {"layers": layers}
+
+
+def _logits(
+    trained: PreTrainedModel, packed: PreTrainedModel, expected: Tensor, actual: Tensor
+) -> dict[str, float]:
+    """Of hidden states `[T, D]` of both models: the logits' noise and how often the most likely token agrees."""
     total, agreeing = _Noise(), 0
     for ours, theirs in zip(expected.split(_CHUNK), actual.split(_CHUNK), strict=True):
         logits = trained.get_output_embeddings()(ours)
         others = packed.get_output_embeddings()(theirs)
         total.add(logits, others)
         agreeing += int((logits.argmax(-1) == others.argmax(-1)).sum())
-    return {
-        "codes_equal": all(layer["codes_equal"] for layer in layers),
-        "sqnr_db": total.decibels,
-        "top1_agreement": agreeing / len(expected),
-        "layers": layers,
-    }
+    return {"sqnr_db": total.decibels, "top1_agreement": agreeing / len(expected)}
 
 
 def shortfall(parity: dict[str, Any]) -> str | None:
@@ -91,6 +109,19 @@ class _Noise:
         if self.error <= self.signal * 10 ** (-_HIGHEST_DB / 10):
             return _HIGHEST_DB
         return float(10 * torch.log10(torch.tensor(self.signal / self.error)))
+
+
+@contextmanager
+def _arithmetic(layers: dict[str, QuantizedWeight], mode: Mode) -> Iterator[None]:
+    """Inside, quantized layers multiply codes (`integer`) or fake-quantized values (`fake`)."""
+    before = {name: layer.integer_forward for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.integer_forward = mode
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.integer_forward = before[name]
 
 
 @contextmanager

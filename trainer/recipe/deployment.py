@@ -43,11 +43,6 @@ def check(deployment: str, weights: Scheme | None, activations: Scheme | None) -
     Raises:
         ValueError: naming what would be right.
     """
-    if deployment == "gguf-q2_k":
-        raise ValueError(
-            "deployment 'gguf-q2_k' quantizes the scales themselves in blocks of 256, a grid that no scheme "
-            f"describes and that cannot be trained here; use {', '.join(GGUF_GRIDS)}"
-        )
     if deployment in GGUF_GRIDS:
         _check_gguf(deployment, weights, activations)
     elif deployment == "compressed-tensors":
@@ -68,7 +63,8 @@ def check_compressed_tensors(weights: Scheme | None, activations: Scheme | None)
     if weights.bits not in (4, 8) or weights.grid != "integer":
         raise ValueError(f"{given}; use an integer grid of 4 or 8 bits")
     if not weights.symmetric:
-        # Its loader expects unpacked zero points (0.20), so that no stock transformers could read them.
+        # Stock transformers with compressed-tensors 0.20 reads zero points neither packed, as the format stores them
+        # (the loader's empty model has unpacked ones: shapes differ), nor unpacked (it then unpacks them).
         raise ValueError(f"{given}; use a symmetric grid, or GGUF's Q4_1")
     if weights.granularity not in ("channel", "group") or (
         weights.group_size is not None and weights.group_size not in COMPRESSED_TENSORS_GROUPS

@@ -153,9 +153,7 @@ class Override(Section):
     )
 
 
-Deployment = Literal[
-    "native", "compressed-tensors", "gguf-q4_0", "gguf-q8_0", "gguf-q4_1", "gguf-q2_k", "torchao"
-]
+Deployment = Literal["native", "compressed-tensors", "gguf-q4_0", "gguf-q8_0", "gguf-q4_1", "torchao"]
 
 
 class Quantization(Section):
