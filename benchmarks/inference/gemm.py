@@ -1,6 +1,6 @@
-"""Products on packed weights against bf16, int8 and the machine's limits.
+"""Products on packed weights on a GPU against bf16, int8 and the machine's limits (CPU: `gemm_cpu.py`).
 
-    python benchmarks/inference/gemm.py             # this machine's CPU or GPU
+    python benchmarks/inference/gemm.py
     python benchmarks/inference/gemm.py --sweep --table kernels/int_gemm/tables/sm_90.json   # a GPU: tune first
 
 On a GPU each operation is captured in a CUDA graph over copies of its weight that together exceed the
@@ -16,7 +16,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -26,9 +25,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from timing import copy_bandwidth, cpu_times, graph_time
+from timing import copy_bandwidth, graph_time
 
-from qatapult.kernels import Scheme, pack, packed_linear, prepare_weight, quantize_activations
+from qatapult.kernels import Scheme, quantize_activations
 from qatapult.kernels.int_gemm.configs import (
     Config,
     Problem,
@@ -41,9 +40,7 @@ from qatapult.kernels.int_gemm.configs import (
 TOKENS = Scheme(granularity="token")
 #: Layers of LLaMA-2-7B and Llama-3-8B as [N, K], and one matrix of more than 200 MB at 4 bits.
 GPU_SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (4096, 14336), (36864, 12288))
-CPU_SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048))
 GPU_TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
-CPU_TOKENS = (1, 16, 256)
 
 
 @dataclass
@@ -261,39 +258,6 @@ def gpu_row(
     return Row(n, k, m, group, ours, both, bf16, limit, int8, asdict(config))
 
 
-def cpu_rows(options: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
-    """The same on the CPU, where a layer's weight is what `prepare_weight` makes of it."""
-    bandwidth = copy_bandwidth("cpu", 0.25)
-    rows = []
-    for (n, k), group, m in itertools.product(options.shapes, options.groups, options.tokens):
-        if group and k % group:
-            continue
-        scheme = Scheme(
-            bits=options.bits, granularity="group" if group else "channel", group_size=group or None
-        )
-        activations = TOKENS if options.activation_bits == 8 else None
-        top = 1 << options.bits - 1
-        codes = torch.randint(-top, top, (n, k), dtype=torch.int8)
-        scale = torch.rand(scheme.scale_shape((n, k))) + 0.1
-        weight = prepare_weight(
-            pack(codes, scheme), scale, scheme=scheme, features=k, activation_scheme=activations
-        )
-        x = torch.randn(m, k).bfloat16()
-        plain, wide, x_wide = torch.randn(n, k).bfloat16(), torch.randn(n, k), x.float()
-        times = cpu_times(
-            {
-                "ours": lambda: packed_linear(x, weight, activation_scheme=activations),  # noqa: B023
-                "bf16": lambda: x @ plain.t(),  # noqa: B023
-                "fp32": lambda: x_wide @ wide.t(),  # noqa: B023
-            }
-        )
-        limit = (n * k * options.bits / 8 + 2 * m * (n + k)) / bandwidth
-        rows.append(
-            Row(n, k, m, group, times["ours"], times["ours"], times["bf16"], limit, times["fp32"], None)
-        )
-    return rows, {"copy bandwidth, bytes/s": bandwidth}
-
-
 def describe(config: dict[str, int] | None) -> str:
     """A configuration in a few characters."""
     if config is None:
@@ -304,11 +268,10 @@ def describe(config: dict[str, int] | None) -> str:
     return text + " whole" * config["whole"] + (f" r{config['registers']}" if config["registers"] else "")
 
 
-def table(rows: list[Row], gpu: bool) -> str:
+def table(rows: list[Row]) -> str:
     """Markdown; times in microseconds, ratios against bf16 and the limit."""
-    other = "int8 GEMM" if gpu else "fp32"
     lines = [
-        f"| N × K | group | M | ours µs | with quantization µs | bf16 µs | bf16 / ours | {other} µs "
+        "| N × K | group | M | ours µs | with quantization µs | bf16 µs | bf16 / ours | int8 GEMM µs "
         "| of the limit | block, split |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
@@ -324,18 +287,15 @@ def table(rows: list[Row], gpu: bool) -> str:
 
 
 def parse() -> argparse.Namespace:
-    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--bits", type=int, default=4, choices=(8, 4, 3, 2, 1))
     parser.add_argument("--activation-bits", type=int, default=8, choices=(8, 16))
-    parser.add_argument("--groups", default="0,128" if gpu else "0,64", help="0 is one scale a channel")
-    parser.add_argument("--tokens", default=",".join(map(str, GPU_TOKENS if gpu else CPU_TOKENS)))
+    parser.add_argument("--groups", default="0,128", help="0 is one scale a channel")
+    parser.add_argument("--tokens", default=",".join(map(str, GPU_TOKENS)))
     parser.add_argument("--shapes", help="NxK,NxK,…")
-    parser.add_argument(
-        "--sweep", action="store_true", help="measure all candidate configurations first (GPU)"
-    )
+    parser.add_argument("--sweep", action="store_true", help="measure all candidate configurations first")
     parser.add_argument("--minutes", type=float, default=5.0, help="when the sweep stops")
     parser.add_argument("--table", type=Path, help="file that the sweep writes and the products then use")
     parser.add_argument(
@@ -345,33 +305,34 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
-    if options.quick and gpu:
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU; use gemm_cpu.py")
+    if options.quick:
         options.tokens = "1,16,64,256,1024,4096"
         options.shapes = options.shapes or "4096x4096,11008x4096,4096x14336,36864x12288"
     options.groups = [int(g) for g in options.groups.split(",")]
     options.tokens = [int(m) for m in options.tokens.split(",")]
-    shapes = GPU_SHAPES if gpu else CPU_SHAPES
+    shapes = GPU_SHAPES
     if options.shapes:
         shapes = tuple(tuple(map(int, shape.split("x"))) for shape in options.shapes.split(","))
     options.shapes = shapes
-    if options.sweep and (not gpu or options.table is None):
-        parser.error("--sweep needs a GPU and --table FILE")
+    if options.sweep and options.table is None:
+        parser.error("--sweep needs --table FILE")
     return options
 
 
 def main() -> None:
     options = parse()
-    gpu = torch.cuda.is_available()
     if options.sweep:
         from qatapult.kernels.int_gemm.configs import pin_table
 
         write_table(options.table, tune(options))
         pin_table(options.table)
-    rows, limits = gpu_rows(options) if gpu else cpu_rows(options)
-    device = torch.cuda.get_device_name() if gpu else f"{platform.processor() or platform.machine()} CPU"
+    rows, limits = gpu_rows(options)
+    device = torch.cuda.get_device_name()
     print(f"W{options.bits}A{options.activation_bits}, {device}, torch {torch.__version__}")
     print(", ".join(f"{name}: {value:.3e}" for name, value in limits.items()))
-    print(table(rows, gpu))
+    print(table(rows))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         figures = {"device": device, "limits": limits, "rows": [asdict(row) for row in rows]}

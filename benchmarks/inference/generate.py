@@ -31,7 +31,7 @@ from qatapult.trainer.models import load_model, load_tokenizer
 from qatapult.trainer.quantize.convert import convert
 from qatapult.trainer.quantize.prepare import prepare
 from qatapult.trainer.recipe.loading import load_recipe
-from qatapult.trainer.recipe.schema import Quantization, Recipe
+from qatapult.trainer.recipe.schema import Override, Quantization, Recipe, TensorScheme
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REFERENCE = "transformers bf16"
@@ -71,12 +71,18 @@ def plain(recipe: Recipe, dtype: torch.dtype) -> Candidate:
     return transformers_candidate(load_model(recipe.model, dtype).to(DEVICE))
 
 
-def packed(recipe: Recipe) -> Candidate:
+def packed(recipe: Recipe, quantization: Quantization) -> Candidate:
     model = load_model(recipe.model).to(DEVICE)
-    prepare(model, recipe.quantization)
+    prepare(model, quantization)
     converted = convert(model, in_place=True)
     assert isinstance(converted, PreTrainedModel)
     return transformers_candidate(converted)
+
+
+def with_head(recipe: Recipe) -> Quantization:
+    """The recipe's grids, and the output head at 8 bits, which the recipe leaves in full precision."""
+    head = Override(match="lm_head", weights=TensorScheme(bits=8))
+    return recipe.quantization.model_copy(update={"skip": (), "overrides": (head,)})
 
 
 def llama_cpp(recipe: Recipe) -> Candidate:
@@ -121,7 +127,8 @@ def llama_cpp(recipe: Recipe) -> Candidate:
 CANDIDATES: dict[str, Callable[[Recipe], Candidate]] = {
     REFERENCE: lambda recipe: plain(recipe, torch.bfloat16),
     "transformers fp32": lambda recipe: plain(recipe, torch.float32),
-    "packed": packed,
+    "packed": lambda recipe: packed(recipe, recipe.quantization),
+    "packed, head W8A8": lambda recipe: packed(recipe, with_head(recipe)),
     "llama.cpp Q4_0": llama_cpp,
 }
 
