@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 
@@ -41,8 +42,14 @@ for _module in COMMAND_MODULES:
     importlib.import_module(_module).register(app)
 
 
+#: What these say when they are imported is for their own developers: kernels of other GPUs, coming deprecations.
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+
+
 def main() -> None:
     """Entry point of the `qatapult` script and of `python -m qatapult.trainer`."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except UserError as error:
