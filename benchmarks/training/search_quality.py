@@ -25,6 +25,7 @@ from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.search.budget import Budget, make_budget
 from qatapult.trainer.search.candidates import parse_candidates
 from qatapult.trainer.search.groups import Group, find_groups
+from qatapult.trainer.search.program import solve
 from qatapult.trainer.search.switching import FULL_PRECISION, SwitchingModel
 
 
@@ -81,6 +82,10 @@ def main() -> None:
         "down projections, first blocks": fill(hand_rule(groups, down, float), budget, count, most),
         "down projections, last blocks": fill(hand_rule(groups, down, lambda b: -b), budget, count, most),
     }
+    measured = {name: [row[c.name] for c in candidates] for name, row in found["costs"].items()}
+    for name, costs in {"measured single changes": measured, **found["estimates"]}.items():
+        table = np.array([costs[group.name] for group in groups])
+        rules[f"integer program on {name} alone"] = solve(table, [budget])
     generator = np.random.default_rng(1)
     for number in range(randoms):
         order = generator.permutation(count).tolist()

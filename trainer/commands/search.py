@@ -37,7 +37,7 @@ def search(
             "gradient descent with a penalty for exceeding the budget)."
         ),
     ] = "fisher,hessian",
-    trials: Annotated[int, typer.Option(help="Whole assignments that the refinement tries.")] = 24,
+    trials: Annotated[int, typer.Option(help="Whole assignments that the refinement tries.")] = 96,
     seconds: Annotated[float, typer.Option(help="Time limit; what matters most is measured first.")] = 600.0,
     fused: Annotated[
         bool, typer.Option(help="q/k/v, and gate/up, share a grid, because they are served as one kernel.")

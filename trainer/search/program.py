@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,13 +49,14 @@ def solve(costs: NDArray[np.float64], budgets: Sequence[Budget]) -> list[int]:
         unit = max(abs(room), float(budget.usage.max()), 1e-300)
         constraints.append(LinearConstraint(budget.usage.reshape(1, -1) / unit, -np.inf, room / unit))
     scale = float(np.abs(costs).max()) or 1.0
-    result = milp(
-        costs.ravel() / scale,
-        integrality=np.ones(groups * candidates),
-        bounds=Bounds(0, 1),
-        constraints=constraints,
-        options={"mip_rel_gap": 0.0, "time_limit": _TIME_LIMIT},
-    )
+    with _silent():
+        result = milp(
+            costs.ravel() / scale,
+            integrality=np.ones(groups * candidates),
+            bounds=Bounds(0, 1),
+            constraints=constraints,
+            options={"mip_rel_gap": 0.0, "time_limit": _TIME_LIMIT},
+        )
     if result.status == 2:
         named = " and ".join(f"{budget.kind}={budget.value:g}" for budget in budgets)
         raise UserError(f"--budget {named}: no assignment meets all of them together")
@@ -60,6 +64,20 @@ def solve(costs: NDArray[np.float64], budgets: Sequence[Budget]) -> list[int]:
         raise RuntimeError(f"the integer program was not solved: {result.message}")
     choice: list[int] = result.x.reshape(groups, candidates).argmax(axis=1).tolist()
     return choice
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep standard output free of HiGHS, which reports to it from C whatever `disp` says."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def frontier(

@@ -56,7 +56,7 @@ class SearchSettings:
     candidates: tuple[str, ...] = ("8",)
     blocks: int = 8
     block_size: int = 128
-    trials: int = 24
+    trials: int = 96
     seconds: float = 600.0
     fused: bool = True
     measures: tuple[str, ...] = ("fisher", "hessian")
