@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate import DistributedType, PartialState
+
+from qatapult.trainer.plan import probe
 from qatapult.trainer.plan.accelerate_config import deepspeed_config
 from qatapult.trainer.plan.calibrate import run_probe
 from qatapult.trainer.plan.hardware import parse_cluster
@@ -72,6 +75,8 @@ CASES = (
     Case("2 processes", "zero1", 2, 2),
     Case("2 processes", "zero2", 2, 2),
     Case("2 processes", "zero3", 2, 2),
+    Case("2 processes", "fsdp2", 2, 2),
+    Case("2 processes, no teacher", "fsdp2", 2, 2, qat={"distillation": {"kind": "none"}}),
 )  # fmt: skip
 
 
@@ -97,17 +102,33 @@ def launcher(case: Case) -> list[str]:
     """How the processes of a case are started."""
     if case.processes == 1:
         return [sys.executable]
-    return [
+    command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={case.processes}",
     ]
+    return [*command, __file__, "probe"] if case.engine == "fsdp2" else command
+
+
+def fsdp2_probe(arguments: list[str]) -> None:
+    """`-m qatapult.trainer.plan.probe …` where Accelerate is told that it may shard on the CPU as well."""
+    PartialState(backend="gloo")
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    sys.argv = arguments[1:]
+    probe.main()
 
 
 def environment(case: Case) -> dict[str, str]:
     """What Accelerate reads to choose the engine."""
+    if case.engine == "fsdp2":
+        return {
+            "ACCELERATE_USE_FSDP": "true",
+            "FSDP_VERSION": "2",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+        }
     if not case.engine.startswith("zero"):
         return {"ACCELERATE_USE_CPU": "true"}
     file = Path(tempfile.mkdtemp()) / "deepspeed.json"
@@ -208,6 +229,8 @@ def main() -> None:
     if what == "memory":
         model, pattern = [*sys.argv[2:], *("smollm2-135m", "")[len(sys.argv) - 2 :]][:2]
         measure_memory(model, pattern)
+    elif what == "probe":
+        fsdp2_probe(sys.argv[2:])
     elif what == "published":
         compare_published()
     else:
