@@ -19,6 +19,7 @@ from qatapult.trainer.plan.matrix import SCENARIOS, cell, rows
 from qatapult.trainer.plan.measure_ptq import ptq_loss_of
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Recipe
+from qatapult.trainer.report.text import dollars
 
 
 def situation(**changes: object) -> Situation:
@@ -104,6 +105,10 @@ def test_matrix_has_an_answer_for_every_scenario_and_bits() -> None:
 def test_small_volume_does_not_pay_in_the_cloud_but_is_beside_the_point_on_a_phone() -> None:
     assert advise(situation(serving_cost=1_000), published()).verdict == "do not train"
     assert advise(situation(serving_cost=1_000, scenario="mobile"), published()).verdict == "train"
+
+
+def test_cents_are_not_shown_as_nothing() -> None:
+    assert [dollars(value) for value in (0.0, 0.04, 2496.4, -310.0)] == ["$0", "$0.04", "$2,496", "−$310"]
 
 
 def test_nothing_served_never_breaks_even() -> None:

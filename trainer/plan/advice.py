@@ -13,6 +13,7 @@ from qatapult.trainer.plan.matrix import SCENARIOS, Cell, Scenario, cell
 from qatapult.trainer.plan.planner import make_plan, require_fit
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Recipe
+from qatapult.trainer.report.text import dollars
 
 Verdict = Literal["ship PTQ", "train", "train with mixed precision", "do not train", "stay in full precision"]
 _YEAR = 365.0
@@ -276,8 +277,13 @@ def _judge(
         reasons.append("No serving cost is saved, so that nothing pays for the training.")
         return "stay in full precision", reasons
     reasons.append(
-        f"Serving saves ${economics.yearly_saving:,.0f} a year ({saving:.0%}) and training costs "
-        f"${economics.training_cost:,.0f}: paid after {economics.payback_days:,.0f} days of serving."
+        f"Serving saves {dollars(economics.yearly_saving)} a year ({saving:.0%}) and training costs "
+        f"{dollars(economics.training_cost)}: paid "
+        + (
+            f"after {days:,.0f} days of serving."
+            if (days := economics.payback_days) >= 1
+            else "within a day."
+        )
     )
     if economics.first_year_net < 0:
         reasons.append("That is more than the first year saves.")

@@ -12,6 +12,7 @@ from rich.table import Table
 from qatapult.trainer.plan.accelerate_config import recipe_overrides
 from qatapult.trainer.plan.planner import Candidate, Plan, usable
 from qatapult.trainer.plan.settings import step_tokens
+from qatapult.trainer.report.text import dollars
 
 GB = 1e9
 _PARTS = {
@@ -121,7 +122,7 @@ def _table(candidates: list[Candidate], plan: Plan) -> Table:
             f"{candidate.step.seconds:.3g}",
             f"{candidate.tokens_per_second:,.0f}",
             f"{candidate.hours:.2f}" if candidate.hours < 100 else f"{candidate.hours:,.0f}",
-            f"${candidate.cost:,.0f}",
+            dollars(candidate.cost),
             "yes" if candidate.fits else f"no: {candidate.why_not}",
             style="bold" if candidate is recommended else ("" if candidate.fits else "dim"),
         )
@@ -136,7 +137,7 @@ def _print_recommendation(plan: Plan, console: Console) -> None:
     console.print(
         f"Recommended: {best.setting.name}, {checkpointing} gradient checkpointing, "
         f"{best.setting.micro_batch} blocks a process, teacher {best.setting.teacher}: "
-        f"{best.hours:.1f} hours, ${best.cost:,.0f}.\n"
+        f"{best.hours:.1f} hours, {dollars(best.cost)}.\n"
         f"In the recipe: {' '.join(recipe_overrides(best.setting))}",
         highlight=False,
     )

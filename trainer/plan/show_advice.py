@@ -10,6 +10,7 @@ from rich.table import Table
 
 from qatapult.trainer.plan.advice import Advice, Economics
 from qatapult.trainer.plan.matrix import SCENARIOS, rows
+from qatapult.trainer.report.text import dollars
 
 
 def print_advice(advice: Advice, console: Console) -> None:
@@ -83,11 +84,11 @@ def _money(advice: Advice) -> Table:
 def _row(economics: Economics) -> list[str]:
     days = economics.payback_days
     return [
-        f"${economics.training_cost:,.0f}",
-        f"${economics.yearly_saving:,.0f}",
+        dollars(economics.training_cost),
+        dollars(economics.yearly_saving),
         "never" if days is None else f"{days:,.0f} days",
         economics.break_even.isoformat() if economics.break_even else "never",
-        f"{'−' if economics.first_year_net < 0 else ''}${abs(economics.first_year_net):,.0f}",
+        dollars(economics.first_year_net),
     ]
 
 

@@ -19,6 +19,12 @@ VALUE_TITLES = (
 )
 
 
+def dollars(value: float) -> str:
+    """`$2,496`, `−$310`, and `$0.04` where whole dollars would say nothing."""
+    digits = 2 if 0 < abs(value) < 10 else 0
+    return f"{'−' if value < 0 else ''}${abs(value):,.{digits}f}"
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """`16.53`, `0.8125`, `1.2e+06`: four significant digits, and a dash for what is absent."""
     if value is None:
