@@ -19,7 +19,7 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qatapult.trainer.report.text import duration, metric_rows, percent
+from qatapult.trainer.report.text import cost_rows, duration, metric_rows, percent
 
 #: Seconds between two lines of plain progress: a log of a day stays below 3000 lines.
 PLAIN_INTERVAL = 30.0
@@ -102,7 +102,7 @@ class Console:
                 yield _LiveMeter(bar, bar.add_task(description, total=total, figures=""))
 
     def table(self, report: Mapping[str, Any]) -> None:
-        """Print the recovery table of a `report.json`, headline first."""
+        """Print the recovery table of a `report.json`, headline first, and what each stage took."""
         if not self.shows_results:
             return
         self._out.print()
@@ -110,6 +110,8 @@ class Console:
         self.rows(*metric_rows(report), strong=("packed integers", "recovered"))
         for note in report.get("notes", []):
             self._out.print(f"  {note}", markup=False)
+        if report.get("cost"):
+            self.rows(*cost_rows(report), strong=("whole run",))
 
     def rows(self, header: Sequence[str], *rows: Sequence[str], strong: Sequence[str] = ()) -> None:
         """Print a table; the first column is text, the others are figures.

@@ -104,11 +104,12 @@ def prefers_integer(x: Tensor, weight_scheme: Scheme) -> bool:
     """Whether the integer forward is the faster one for this input.
 
     On CPUs with VNNI per channel (int8 has twice the rate of bf16); on CPUs without bf16 instructions for
-    bf16 inputs (exact fp32 products of codes against emulated bf16); on a GPU per channel.
+    bf16 inputs (exact fp32 products of codes against emulated bf16). Not on a GPU: quantizing for the backward
+    pass once more costs more than int8 products save (docs/performance/h100.md: 1.13 against 1.04 of plain).
     """
     per_channel = weight_scheme.granularity != "group"
     if x.device.type != "cpu":
-        return per_channel
+        return False
     if torch.cpu._is_vnni_supported():
         return per_channel
     return x.dtype != torch.float32

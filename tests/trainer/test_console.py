@@ -131,6 +131,19 @@ def test_table_has_the_figures_and_is_not_cut_in_a_log() -> None:
     assert "…" not in out.getvalue()
 
 
+def test_the_table_is_followed_by_what_each_stage_took() -> None:
+    cost = {"seconds": 75.0, "tokens": 512, "peak_memory_bytes": 3 * 10**9, "device": "a CPU"}
+    report = some_report() | {"cost": {"baseline": cost | {"seconds": 10.0}, "qat": cost}}
+    out = io.StringIO()
+    Console(out=out).table(report)
+    lines = [line.split("|")[1:4] for line in out.getvalue().splitlines() if "min" in line or "10 s" in line]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["baseline", "10 s", "3.00 GB"],
+        ["qat", "1 min 15 s", "3.00 GB"],
+        ["whole run", "1 min 25 s", "3.00 GB"],
+    ]
+
+
 def test_markup_in_names_is_text() -> None:
     log = io.StringIO()
     Console(err=log).say("[red]run[/red] [1/2]")

@@ -108,3 +108,14 @@ def metric_rows(report: Mapping[str, Any]) -> list[list[str]]:
     for column in metric_columns(report):
         rows.append([column.title, *(column.show(metric) for metric in metrics.values())])
     return rows
+
+
+def cost_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """What each stage took, for a terminal: a header, one row a stage, and the whole run."""
+    costs = report.get("cost", {})
+    rows = [["", "wall time", "peak memory"]]
+    for stage, cost in costs.items():
+        rows.append([stage, duration(cost["seconds"]), byte_size(cost["peak_memory_bytes"])])
+    whole = sum(cost["seconds"] for cost in costs.values())
+    peak = max((cost["peak_memory_bytes"] for cost in costs.values()), default=None)
+    return [*rows, ["whole run", duration(whole), byte_size(peak)]]
