@@ -13,36 +13,38 @@ from qatapult.kernels.common.cpp import load
 
 from .objective import Objective
 
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}
 
 
 def available(dtype: torch.dtype) -> bool:
     """Whether the compiled path exists here, for logits of this dtype."""
-    return dtype in (torch.float32, torch.bfloat16) and _library() is not None
+    return dtype in _DTYPES and _library() is not None
 
 
 def divergence_rows_(
     student: Tensor, teacher: Tensor, labels: Tensor | None, objective: Objective, want_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """See `rows.divergence_rows_`."""
-    logits, target = student.float(), teacher.float()
-    kl = torch.empty(len(logits))
-    cross_entropy = torch.zeros(len(logits))
+    given = student
+    if teacher.dtype != student.dtype:  # heads of different dtypes
+        student, teacher = student.float(), teacher.float()
+    kl = torch.empty(len(student))
+    cross_entropy = torch.zeros(len(student))
     _call(
         "qatapult_divergence",
-        *(_KINDS[objective.kind], logits, target, labels, kl, cross_entropy, *_sizes(logits)),
-        *(objective.temperature, objective.beta, objective.ce_weight, int(want_grad)),
+        *(_DTYPES[student.dtype], _KINDS[objective.kind], student, teacher, labels, kl, cross_entropy),
+        *(*_sizes(student), objective.temperature, objective.beta, objective.ce_weight, int(want_grad)),
     )
-    if want_grad and logits is not student:
-        student.copy_(logits)
+    if want_grad and student is not given:
+        given.copy_(student)
     return kl, cross_entropy
 
 
 def logsumexp_rows(logits: Tensor, inverse: float) -> Tensor:
     """See `rows.logsumexp_rows`."""
-    values = logits.float()
-    result = torch.empty(len(values))
-    _call("qatapult_logsumexp", values, result, *_sizes(values), inverse)
+    result = torch.empty(len(logits))
+    _call("qatapult_logsumexp", _DTYPES[logits.dtype], logits, result, *_sizes(logits), inverse)
     return result
 
 
@@ -50,11 +52,9 @@ def exponential_rows_(
     logits: Tensor, factor: Tensor, shift: Tensor, inverse: float, hard_factor: float, hard_shift: Tensor
 ) -> None:
     """See `rows.exponential_rows_`."""
-    values = logits.float()
     columns = (factor.contiguous(), shift.contiguous(), hard_shift.contiguous())
-    _call("qatapult_exponentials", values, *columns, *_sizes(values), inverse, hard_factor)
-    if values is not logits:
-        logits.copy_(values)
+    numbers = (*_sizes(logits), inverse, hard_factor)
+    _call("qatapult_exponentials", _DTYPES[logits.dtype], logits, *columns, *numbers)
 
 
 @functools.cache

@@ -27,6 +27,25 @@ inline float from_bits(uint32_t bits) {
   return value;
 }
 
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float load(float x) { return x; }
+inline float load(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
+
+template <class T>
+inline T store(float x) {
+  return x;
+}
+
+template <>
+inline BFloat16 store<BFloat16>(float x) {  // rounds half to even; NaN stays NaN
+  const uint32_t bits = bits_of(x);
+  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  return {uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded)};
+}
+
 inline float fma(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
   return __builtin_fmaf(a, b, c);
@@ -66,10 +85,14 @@ inline float logarithm(float x) {
 // A product in which a probability of 0 counts as 0 whatever the other factor.
 inline float weigh(float probability, float value) { return probability > 0 ? probability * value : 0.0f; }
 
-inline float highest(const float* row, int64_t n) {
+template <class T>
+inline float highest(const T* row, int64_t n) {
   float high = MINUS_INFINITY;
 #pragma omp simd reduction(max : high)
-  for (int64_t i = 0; i < n; ++i) high = row[i] > high ? row[i] : high;
+  for (int64_t i = 0; i < n; ++i) {
+    const float x = load(row[i]);
+    high = x > high ? x : high;
+  }
   return high;
 }
 
@@ -98,24 +121,25 @@ struct Row {
   double lse_student, lse_teacher, lse_hard, mean;  // mean: expected difference of logits / T (not for JSD)
 };
 
-template <int KIND>
-Row sums(const float* student, const float* teacher, const Problem& p) {
+template <int KIND, class T>
+Row sums(const T* student, const T* teacher, const Problem& p) {
   Sum q, t, hard;
   const bool separate = p.labelled && !p.cool;
   for (int64_t start = 0; start < p.size; start += BLOCK) {
     const int64_t n = p.size - start < BLOCK ? p.size - start : BLOCK;
-    const float *s = student + start, *y = teacher + start;
+    const T *s = student + start, *y = teacher + start;
     q.raise(highest(s, n), p.inverse);
     t.raise(highest(y, n), p.inverse);
     const float high_q = q.high, high_t = t.high, inverse = p.inverse;
     float sum_q = 0, sum_t = 0, difference = 0;
 #pragma omp simd reduction(+ : sum_q, sum_t, difference)
     for (int64_t i = 0; i < n; ++i) {
-      const float e_q = exponential((s[i] - high_q) * inverse), e_t = exponential((y[i] - high_t) * inverse);
+      const float x = load(s[i]), wanted = load(y[i]);
+      const float e_q = exponential((x - high_q) * inverse), e_t = exponential((wanted - high_t) * inverse);
       sum_q += e_q;
       sum_t += e_t;
-      if (KIND == FORWARD_KL) difference += weigh(e_t, (y[i] - s[i]) * inverse);
-      if (KIND == REVERSE_KL) difference += weigh(e_q, (s[i] - y[i]) * inverse);
+      if (KIND == FORWARD_KL) difference += weigh(e_t, (wanted - x) * inverse);
+      if (KIND == REVERSE_KL) difference += weigh(e_q, (x - wanted) * inverse);
     }
     q.exponentials += sum_q;
     t.exponentials += sum_t;
@@ -124,7 +148,7 @@ Row sums(const float* student, const float* teacher, const Problem& p) {
       hard.raise(high_q, 1);
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < n; ++i) sum += exponential(s[i] - high_q);
+      for (int64_t i = 0; i < n; ++i) sum += exponential(load(s[i]) - high_q);
       hard.exponentials += sum;
     }
   }
@@ -148,16 +172,17 @@ struct Parts {
   double student = 0, teacher = 0;  // KL(q || m), KL(p || m)
 };
 
-Parts jensen_shannon(const float* student, const float* teacher, const Row& row, const Problem p) {
+template <class T>
+Parts jensen_shannon(const T* student, const T* teacher, const Row& row, const Problem p) {
   Parts parts;
   const float lse_s = row.lse_student, lse_t = row.lse_teacher;
   for (int64_t start = 0; start < p.size; start += BLOCK) {
     const int64_t n = p.size - start < BLOCK ? p.size - start : BLOCK;
-    const float *s = student + start, *y = teacher + start;
+    const T *s = student + start, *y = teacher + start;
     float sum_student = 0, sum_teacher = 0;
 #pragma omp simd reduction(+ : sum_student, sum_teacher)
     for (int64_t i = 0; i < n; ++i) {
-      const Mixed m = mix(s[i], y[i], lse_s, lse_t, p);
+      const Mixed m = mix(load(s[i]), load(y[i]), lse_s, lse_t, p);
       sum_student += m.q * m.student;
       sum_teacher += m.p * m.teacher;
     }
@@ -167,14 +192,14 @@ Parts jensen_shannon(const float* student, const float* teacher, const Row& row,
   return parts;
 }
 
-template <int KIND, bool SEPARATE>
-void slope(float* student, const float* teacher, const Row& row, float mean, const Problem p) {
+template <int KIND, bool SEPARATE, class T>
+void slope(T* student, const T* teacher, const Row& row, float mean, const Problem p) {
   const float lse_s = row.lse_student, lse_t = row.lse_teacher, lse_hard = row.lse_hard;
   const float factor = KIND == JSD ? p.factor * (1 - p.beta) : p.factor;
   const float shared = p.labelled && p.cool ? p.hard : 0.0f;
 #pragma omp simd
   for (int64_t i = 0; i < p.size; ++i) {
-    const float s = student[i], y = teacher[i];
+    const float s = load(student[i]), y = load(teacher[i]);
     float q, gradient;
     if (KIND == FORWARD_KL) {
       q = exponential(fma(s, p.inverse, -lse_s));
@@ -188,17 +213,17 @@ void slope(float* student, const float* teacher, const Row& row, float mean, con
       gradient = q * (m.student - mean);
     }
     const float hard = SEPARATE ? p.hard * exponential(s - lse_hard) : shared * q;
-    student[i] = fma(factor, gradient, hard);
+    student[i] = store<T>(fma(factor, gradient, hard));
   }
 }
 
-template <int KIND>
-void run(float* student, const float* teacher, const int64_t* labels, float* divergence, float* cross_entropy,
+template <int KIND, class T>
+void run(T* student, const T* teacher, const int64_t* labels, float* divergence, float* cross_entropy,
          int64_t rows, const Problem& p, int want_gradient, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t r = 0; r < rows; ++r) {
-    float* s = student + r * p.size;
-    const float* y = teacher + r * p.size;
+    T* s = student + r * p.size;
+    const T* y = teacher + r * p.size;
     const Row row = sums<KIND>(s, y, p);
     double mean = row.mean;
     if (KIND == JSD) {
@@ -209,64 +234,100 @@ void run(float* student, const float* teacher, const int64_t* labels, float* div
       const double apart = row.lse_student - row.lse_teacher;
       divergence[r] = float(KIND == FORWARD_KL ? mean + apart : mean - apart);
     }
-    if (labels) cross_entropy[r] = float(row.lse_hard - s[labels[r]]);
+    if (labels) cross_entropy[r] = float(row.lse_hard - load(s[labels[r]]));
     if (!want_gradient) continue;
     const bool separate = p.labelled && !p.cool;
-    (separate ? slope<KIND, true> : slope<KIND, false>)(s, y, row, float(mean), p);
-    if (labels) s[labels[r]] -= p.hard;
+    (separate ? slope<KIND, true, T> : slope<KIND, false, T>)(s, y, row, float(mean), p);
+    if (labels) s[labels[r]] = store<T>(load(s[labels[r]]) - p.hard);
   }
 }
 
-}  // namespace
-
-extern "C" {
-
-// student [rows, size] (overwritten if want_gradient), teacher [rows, size], labels [rows] or null,
-// divergence [rows], cross_entropy [rows].
-void qatapult_divergence(int kind, float* student, const float* teacher, const int64_t* labels, float* divergence,
-                         float* cross_entropy, int64_t rows, int64_t size, float temperature, float beta,
-                         float ce_weight, int want_gradient, int threads) {
-  const Problem p{1 / temperature, beta,  (1 - ce_weight) * temperature, ce_weight,
-                  size,            labels != nullptr, temperature == 1.0f};
-  const auto selected = kind == FORWARD_KL ? run<FORWARD_KL> : kind == REVERSE_KL ? run<REVERSE_KL> : run<JSD>;
+template <class T>
+void divergence_of(int kind, T* student, const T* teacher, const int64_t* labels, float* divergence,
+                   float* cross_entropy, int64_t rows, const Problem& p, int want_gradient, int threads) {
+  const auto selected = kind == FORWARD_KL ? run<FORWARD_KL, T> : kind == REVERSE_KL ? run<REVERSE_KL, T> : run<JSD, T>;
   selected(student, teacher, labels, divergence, cross_entropy, rows, p, want_gradient, threads);
 }
 
-// out[r] = log sum_i exp(logits[r, i] * inverse); -inf for a row of -inf.
-void qatapult_logsumexp(const float* logits, float* out, int64_t rows, int64_t size, float inverse, int threads) {
+template <class T>
+void logsumexp_of(const T* logits, float* out, int64_t rows, int64_t size, float inverse, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t r = 0; r < rows; ++r) {
     Sum total;
     for (int64_t start = 0; start < size; start += BLOCK) {
-      const float* x = logits + r * size + start;
+      const T* x = logits + r * size + start;
       const int64_t n = size - start < BLOCK ? size - start : BLOCK;
       total.raise(highest(x, n), inverse);
       if (total.high == MINUS_INFINITY) continue;
       const float high = total.high;
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < n; ++i) sum += exponential((x[i] - high) * inverse);
+      for (int64_t i = 0; i < n; ++i) sum += exponential((load(x[i]) - high) * inverse);
       total.exponentials += sum;
     }
     out[r] = total.high == MINUS_INFINITY ? MINUS_INFINITY : float(total.logsumexp(inverse));
   }
 }
 
-// logits[r, i] = factor[r] exp(logits[r, i] * inverse - shift[r]) + hard exp(logits[r, i] - hard_shift[r]).
-void qatapult_exponentials(float* logits, const float* factor, const float* shift, const float* hard_shift,
-                           int64_t rows, int64_t size, float inverse, float hard, int threads) {
+template <class T>
+void exponentials_of(T* logits, const float* factor, const float* shift, const float* hard_shift, int64_t rows,
+                     int64_t size, float inverse, float hard, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t r = 0; r < rows; ++r) {
-    float* x = logits + r * size;
+    T* x = logits + r * size;
     const float f = factor[r], offset = shift[r], hard_offset = hard_shift[r];
     if (hard == 0) {
 #pragma omp simd
-      for (int64_t i = 0; i < size; ++i) x[i] = f * exponential(fma(x[i], inverse, -offset));
+      for (int64_t i = 0; i < size; ++i) x[i] = store<T>(f * exponential(fma(load(x[i]), inverse, -offset)));
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < size; ++i)
-        x[i] = fma(f, exponential(fma(x[i], inverse, -offset)), hard * exponential(x[i] - hard_offset));
+      for (int64_t i = 0; i < size; ++i) {
+        const float value = load(x[i]), second = hard * exponential(value - hard_offset);
+        x[i] = store<T>(fma(f, exponential(fma(value, inverse, -offset)), second));
+      }
     }
   }
+}
+
+template <class Call>
+void with_type(int dtype, const Call& call) {
+  if (dtype == 0) call(float());
+  if (dtype == 1) call(BFloat16());
+}
+
+}  // namespace
+
+// dtype of logits: 0 fp32, 1 bf16.
+extern "C" {
+
+// student [rows, size] (overwritten if want_gradient), teacher [rows, size], labels [rows] or null,
+// divergence [rows], cross_entropy [rows].
+void qatapult_divergence(int dtype, int kind, void* student, const void* teacher, const int64_t* labels,
+                         float* divergence, float* cross_entropy, int64_t rows, int64_t size, float temperature,
+                         float beta, float ce_weight, int want_gradient, int threads) {
+  const Problem p{1 / temperature, beta,  (1 - ce_weight) * temperature, ce_weight,
+                  size,            labels != nullptr, temperature == 1.0f};
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    divergence_of(kind, static_cast<T*>(student), static_cast<const T*>(teacher), labels, divergence, cross_entropy,
+                  rows, p, want_gradient, threads);
+  });
+}
+
+// out[r] = log sum_i exp(logits[r, i] * inverse); -inf for a row of -inf.
+void qatapult_logsumexp(int dtype, const void* logits, float* out, int64_t rows, int64_t size, float inverse,
+                        int threads) {
+  with_type(dtype, [&](auto type) {
+    logsumexp_of(static_cast<const decltype(type)*>(logits), out, rows, size, inverse, threads);
+  });
+}
+
+// logits[r, i] = factor[r] exp(logits[r, i] * inverse - shift[r]) + hard exp(logits[r, i] - hard_shift[r]).
+void qatapult_exponentials(int dtype, void* logits, const float* factor, const float* shift, const float* hard_shift,
+                           int64_t rows, int64_t size, float inverse, float hard, int threads) {
+  with_type(dtype, [&](auto type) {
+    exponentials_of(static_cast<decltype(type)*>(logits), factor, shift, hard_shift, rows, size, inverse, hard,
+                    threads);
+  });
 }
 }
