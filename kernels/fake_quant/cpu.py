@@ -26,26 +26,38 @@ def available(dtype: torch.dtype) -> bool:
 
 
 def forward(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, grid: Grid
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    grid: Grid,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Values; see `reference.forward`."""
-    return _forward(x, scale, zero_point, grid, codes=False)
+    """Values, in another dtype where one is given; see `reference.forward`."""
+    wanted = dtype or x.dtype
+    values = _forward(x, scale, zero_point, grid, wanted if _goes_with(x, wanted) else x.dtype)
+    return values.to(wanted)
 
 
 def quantize(
     x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, grid: Grid
 ) -> torch.Tensor:
     """Codes; see `reference.quantize`."""
-    return _forward(x, scale, zero_point, grid, codes=True)
+    return _forward(x, scale, zero_point, grid, torch.int8)
 
 
 def _forward(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, grid: Grid, codes: bool
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, grid: Grid, dtype: torch.dtype
 ) -> torch.Tensor:
     x = x.contiguous()
-    out = torch.empty_like(x, dtype=torch.int8 if codes else x.dtype)
-    _call("qatapult_forward", _DTYPES[x.dtype], x, out, int(codes), *_blocks(x, scale, zero_point), *grid)
+    out, codes = torch.empty_like(x, dtype=dtype), int(dtype == torch.int8)
+    dtypes = (_DTYPES[x.dtype], _DTYPES.get(dtype, 0))
+    _call("qatapult_forward", *dtypes, x, out, codes, *_blocks(x, scale, zero_point), *grid)
     return out
+
+
+def _goes_with(x: torch.Tensor, other: torch.dtype) -> bool:
+    """Whether the compiled code reads `x` beside a tensor of the other dtype."""
+    return other == x.dtype or (x.dtype, other) == (torch.float32, torch.bfloat16)
 
 
 def backward(
@@ -58,11 +70,12 @@ def backward(
     factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Gradients; see `reference.backward`."""
-    x, grad = x.contiguous(), grad.to(x.dtype).contiguous()
+    x, grad = x.contiguous(), (grad if _goes_with(x, grad.dtype) else grad.to(x.dtype)).contiguous()
     grad_x, grad_scale = torch.empty_like(x), None if gradient == "ste" else _gradient_of(scale)
     grad_zero = None if gradient == "ste" or zero_point is None else _gradient_of(scale)
     tensors = (grad, x, grad_x, grad_scale, grad_zero, *_blocks(x, scale, zero_point))
-    _call("qatapult_backward", _DTYPES[x.dtype], *tensors, *grid, _RULES[gradient], factor)
+    dtypes = (_DTYPES[x.dtype], _DTYPES[grad.dtype])
+    _call("qatapult_backward", *dtypes, *tensors, *grid, _RULES[gradient], factor)
     return grad_x, grad_scale, grad_zero
 
 

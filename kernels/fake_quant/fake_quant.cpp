@@ -90,11 +90,11 @@ void for_pieces(int64_t blocks, int64_t size, int threads, const Work& work) {
   }
 }
 
-template <class T>
-void values_of(const T* x, T* out, int64_t count, const Block& block) {
+template <class T, class O>
+void values_of(const T* x, O* out, int64_t count, const Block& block) {
   const Block b = block;
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) out[i] = store<T>((b.level(load(x[i]) / b.scale) + b.offset) * b.scale);
+  for (int64_t i = 0; i < count; ++i) out[i] = store<O>((b.level(load(x[i]) / b.scale) + b.offset) * b.scale);
 }
 
 template <class T>
@@ -107,8 +107,8 @@ void codes_of(const T* x, int8_t* out, int64_t count, const Block& block) {
   }
 }
 
-template <class T, int RULE, bool BINARY, bool ZERO>
-void gradients_of(const T* grad, const T* x, T* grad_x, int64_t count, const Block& block, float* sums) {
+template <class T, class G, int RULE, bool BINARY, bool ZERO>
+void gradients_of(const G* grad, const T* x, T* grad_x, int64_t count, const Block& block, float* sums) {
   const Block b = block;
   const float top = b.high + 2 * b.offset;
   float scale_sum = 0, zero_sum = 0;
@@ -129,8 +129,8 @@ void gradients_of(const T* grad, const T* x, T* grad_x, int64_t count, const Blo
   sums[1] = zero_sum;
 }
 
-template <class T>
-void forward(const T* x, T* out, int64_t blocks, int64_t size, const Grid& grid, int threads) {
+template <class T, class O>
+void forward(const T* x, O* out, int64_t blocks, int64_t size, const Grid& grid, int threads) {
   for_pieces(blocks, size, threads, [&](int64_t block, int64_t at, int64_t count, int64_t) {
     values_of(x + at, out + at, count, grid.block(block));
   });
@@ -143,15 +143,15 @@ void quantize(const T* x, int8_t* out, int64_t blocks, int64_t size, const Grid&
   });
 }
 
-template <class T, int RULE, bool BINARY, bool ZERO>
-void backward(const T* grad, const T* x, T* grad_x, float* grad_scale, float* grad_zero, int64_t blocks,
+template <class T, class G, int RULE, bool BINARY, bool ZERO>
+void backward(const G* grad, const T* x, T* grad_x, float* grad_scale, float* grad_zero, int64_t blocks,
               int64_t size, const Grid& grid, float factor, int threads) {
   const int64_t pieces = pieces_of(size);
   std::vector<float> sums(RULE == STE ? 0 : 2 * blocks * pieces);
   for_pieces(blocks, size, threads, [&](int64_t block, int64_t at, int64_t count, int64_t piece) {
     float unused[2];
     float* own = RULE == STE ? unused : &sums[2 * piece];
-    gradients_of<T, RULE, BINARY, ZERO>(grad + at, x + at, grad_x + at, count, grid.block(block), own);
+    gradients_of<T, G, RULE, BINARY, ZERO>(grad + at, x + at, grad_x + at, count, grid.block(block), own);
   });
   if (RULE == STE) return;
   for (int64_t block = 0; block < blocks; ++block) {
@@ -165,10 +165,10 @@ void backward(const T* grad, const T* x, T* grad_x, float* grad_scale, float* gr
   }
 }
 
-template <class T, int RULE, bool BINARY>
-void backward_with(const T* grad, const T* x, T* grad_x, float* grad_scale, float* grad_zero, int64_t blocks,
+template <class T, class G, int RULE, bool BINARY>
+void backward_with(const G* grad, const T* x, T* grad_x, float* grad_scale, float* grad_zero, int64_t blocks,
                    int64_t size, const Grid& grid, float factor, int threads) {
-  auto run = grid.zeros ? backward<T, RULE, BINARY, true> : backward<T, RULE, BINARY, false>;
+  auto run = grid.zeros ? backward<T, G, RULE, BINARY, true> : backward<T, G, RULE, BINARY, false>;
   run(grad, x, grad_x, grad_scale, grad_zero, blocks, size, grid, factor, threads);
 }
 
@@ -242,33 +242,43 @@ void with_type(int dtype, const Call& call) {
   if (dtype == 2) call(_Float16());
 }
 
+// The second dtype is the first, or bf16 beside fp32: weights in fp32 whose products are in bf16.
+template <class Call>
+void with_types(int dtype, int other, const Call& call) {
+  if (dtype == 0 && other == 1) return call(float(), BFloat16());
+  with_type(dtype, [&](auto type) { call(type, type); });
+}
+
 }  // namespace
 
-// dtype: 0 fp32, 1 bf16, 2 fp16, of x, grad, out and grad_x.
+// dtype: 0 fp32, 1 bf16, 2 fp16, of x and grad_x; out and grad have another where `with_types` says so.
 extern "C" {
 
 // Writes values, or int8 codes where `codes` is set.
-void qatapult_forward(int dtype, const void* x, void* out, int codes, const float* scales, const float* zeros,
-                      int64_t blocks, int64_t size, int qmin, int qmax, float offset, int threads) {
+void qatapult_forward(int dtype, int out_dtype, const void* x, void* out, int codes, const float* scales,
+                      const float* zeros, int64_t blocks, int64_t size, int qmin, int qmax, float offset,
+                      int threads) {
   const Grid grid{scales, zeros, qmin, qmax, offset};
-  with_type(dtype, [&](auto type) {
+  with_types(dtype, out_dtype, [&](auto type, auto out_type) {
     using T = decltype(type);
+    using O = decltype(out_type);
     const T* from = static_cast<const T*>(x);
     if (codes) quantize(from, static_cast<int8_t*>(out), blocks, size, grid, threads);
-    else forward(from, static_cast<T*>(out), blocks, size, grid, threads);
+    else forward(from, static_cast<O*>(out), blocks, size, grid, threads);
   });
 }
 
-void qatapult_backward(int dtype, const void* grad, const void* x, void* grad_x, float* grad_scale,
+void qatapult_backward(int dtype, int grad_dtype, const void* grad, const void* x, void* grad_x, float* grad_scale,
                        float* grad_zero, const float* scales, const float* zeros, int64_t blocks, int64_t size,
                        int qmin, int qmax, float offset, int rule, float factor, int threads) {
   const Grid grid{scales, zeros, qmin, qmax, offset};
-  with_type(dtype, [&](auto type) {
+  with_types(dtype, grad_dtype, [&](auto type, auto grad_type) {
     using T = decltype(type);
-    auto run = backward_with<T, STE, false>;
-    if (rule == LSQ) run = qmax - qmin == 1 ? backward_with<T, LSQ, true> : backward_with<T, LSQ, false>;
-    if (rule == PACT) run = backward_with<T, PACT, false>;
-    run(static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<T*>(grad_x), grad_scale, grad_zero,
+    using G = decltype(grad_type);
+    auto run = backward_with<T, G, STE, false>;
+    if (rule == LSQ) run = qmax - qmin == 1 ? backward_with<T, G, LSQ, true> : backward_with<T, G, LSQ, false>;
+    if (rule == PACT) run = backward_with<T, G, PACT, false>;
+    run(static_cast<const G*>(grad), static_cast<const T*>(x), static_cast<T*>(grad_x), grad_scale, grad_zero,
         blocks, size, grid, factor, threads);
   });
 }

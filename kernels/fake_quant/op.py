@@ -88,6 +88,21 @@ def quantize_codes(
     return _quantize(x.detach(), scale.detach(), zero_point, *Grid.of(scheme))
 
 
+def values_in(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    scheme: Scheme,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The values of `fake_quantize` in another dtype, in one pass where the backend can; for use inside operators."""
+    implementation = _implementation(x)
+    if implementation is cpu:
+        return cpu.forward(x, scale, zero_point, Grid.of(scheme), dtype)
+    values: torch.Tensor = implementation.forward(x, scale, zero_point, Grid.of(scheme))
+    return values.to(dtype)
+
+
 def _implementation(x: torch.Tensor) -> ModuleType | Any:
     """The module of the backend for this tensor."""
     backend = backend_for(x)

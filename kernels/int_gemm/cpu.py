@@ -7,11 +7,16 @@ sum can reach 2^24: K is cut into spans that guarantee it, and spans are added i
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .weights import EXACT_FLOAT32, MAX_ACTIVATION, Layout
+from qatapult.kernels.common.cpp import load
+from qatapult.kernels.int_gemm.weights import EXACT_FLOAT32, MAX_ACTIVATION, Layout
 
 
 def int_matmul_cpu(a: Tensor, b: Tensor) -> Tensor:
@@ -36,6 +41,9 @@ def exact_float_product(a: Tensor, b: Tensor, span: int) -> Tensor:
     return total
 
 
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
 def integer_linear_cpu(
     codes: Tensor,
     token_scale: Tensor,
@@ -44,21 +52,39 @@ def integer_linear_cpu(
     shift: Tensor | None,
     layout: Layout,
     span: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Product of quantized activations with a prepared weight, in fp32 and without bias.
+    """Product of quantized activations with a prepared weight, computed in fp32.
 
     Args:
         codes: activation codes, int8 [M, K].
         token_scale: fp32 [M, 1].
         operand, scale, shift, layout, span: of the `PreparedWeight`.
+        bias: [N] or None.
+        dtype: of the result.
     """
+    if layout == "int8" and operand.shape[0] == 1 and shift is None:
+        sums = int_matmul_cpu(codes, operand[0])
+        return scaled_sums(sums, token_scale, scale[:, 0], bias, dtype)
+    product = _float_product(codes, token_scale, operand, scale, shift, layout, span)
+    return (product if bias is None else product + bias.float()).to(dtype)
+
+
+def _float_product(
+    codes: Tensor,
+    token_scale: Tensor,
+    operand: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    layout: Layout,
+    span: int,
+) -> Tensor:
     if layout == "values":
         return linear(codes.float(), operand) * token_scale
     if layout == "codes":
         accumulator = exact_float_product(codes.float(), operand, span)
         return scale_product(accumulator, token_scale, scale[:, 0])
-    if operand.shape[0] == 1 and shift is None:
-        return scale_product(torch._int_mm(codes, operand[0].t()), token_scale, scale[:, 0])
     total = torch.zeros((codes.shape[0], operand.shape[1]))
     for group, part in enumerate(codes.split(operand.shape[2], dim=1)):
         accumulator = torch._int_mm(part.contiguous(), operand[group].t()).float()
@@ -67,6 +93,28 @@ def integer_linear_cpu(
             accumulator = accumulator - row_sum * shift[:, group]
         total += accumulator * scale[:, group]
     return total * token_scale
+
+
+def scaled_sums(
+    sums: Tensor, token_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`scale_product` of int32 sums, with bias and in its last dtype, in one pass where C++ compiles."""
+    library = _library()
+    if library is None or dtype not in _DTYPES:
+        product = scale_product(sums, token_scale, scale)
+        return (product if bias is None else product + bias.float()).to(dtype)
+    out = torch.empty(sums.shape, dtype=dtype)
+    tensors = (sums, token_scale, scale, None if bias is None else bias.float(), out)
+    held = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in held]
+    sizes = map(ctypes.c_int64, sums.shape)
+    library.qatapult_scaled(_DTYPES[dtype], *pointers, *sizes, torch.get_num_threads())
+    return out
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    return load(Path(__file__).with_name("epilogue.cpp"))
 
 
 def scale_product(accumulator: Tensor, token_scale: Tensor, scale: Tensor) -> Tensor:

@@ -208,7 +208,8 @@ def _packed_product(
         product = decode_product(codes, token_scale, few, few_scale)
     else:
         record("integer")
-        product = integer_linear_cpu(codes, token_scale, operand, scale, shift, _layout(layout), width)
+        cpu_layout = _layout(layout)
+        return integer_linear_cpu(codes, token_scale, operand, scale, shift, cpu_layout, width, bias, dtype)
     if bias is not None:
         product = product + bias.float()
     return product.to(dtype)

@@ -8,16 +8,18 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.functional import linear
 
-from qatapult.kernels.fake_quant.op import fake_quantize
+from qatapult.kernels.fake_quant.dynamic import fake_quantize_dynamic
+from qatapult.kernels.fake_quant.op import values_in
 from qatapult.kernels.fake_quant.spec import Gradient, Grid
-from qatapult.kernels.grid import check_scale, dequantize, quantize
-from qatapult.kernels.int_gemm.op import multiply_prepared, quantize_activations
+from qatapult.kernels.grid import check_scale, quantize
+from qatapult.kernels.int_gemm.op import multiply_prepared
 from qatapult.kernels.int_gemm.weights import check_schemes, prepare_unpacked
+from qatapult.kernels.quant_linear.reference import fake_quantized_linear
 from qatapult.kernels.scheme import TERNARY, Granularity, ScaleDtype, Scheme
 from qatapult.kernels.scheme import Grid as GridKind
-
-from .reference import fake_quantized_linear
 
 Mode = Literal["auto", "integer", "fake"]
 
@@ -69,7 +71,9 @@ def quantized_linear(
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     integer = mode == "integer" or (mode == "auto" and prefers_integer(x, weight_scheme))
-    if activation_scheme is None or not integer or activation_scheme.range_method != "minmax":
+    minmax = activation_scheme is None or activation_scheme.range_method == "minmax"
+    integer = integer and activation_scheme is not None and minmax
+    if not integer and not (minmax and _fuses(x, weight)):
         return fake_quantized_linear(
             x,
             weight,
@@ -93,9 +97,10 @@ def quantized_linear(
         weight_scheme.bits,
         weight_scheme.grid,
         weight_scheme.group_size or 0,
-        int(activation_scheme.bits),
-        activation_scheme.scale_dtype,
+        0 if activation_scheme is None else int(activation_scheme.bits),
+        "float32" if activation_scheme is None else activation_scheme.scale_dtype,
         gradient,
+        integer,
     )
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
@@ -115,6 +120,19 @@ def prefers_integer(x: Tensor, weight_scheme: Scheme) -> bool:
     return x.dtype != torch.float32
 
 
+def _fuses(x: Tensor, weight: Tensor) -> bool:
+    """Whether the fake-quantized forward goes through the operator, which keeps nothing but its inputs.
+
+    On the CPU, where quantizing the weight again in the backward pass costs little beside the products. Sharded
+    tensors and the transforms of `torch.func` need the composition of differentiable parts.
+    """
+    plain = type(x) in (Tensor, Parameter) and type(weight) in (Tensor, Parameter)
+    compiling = torch.compiler.is_compiling()
+    return x.device.type == "cpu" and (
+        compiling or (plain and not torch._C._are_functorch_transforms_active())
+    )
+
+
 @torch.library.custom_op("qatapult::quantized_linear", mutates_args=())
 def _quantized_linear(
     x: Tensor,
@@ -128,19 +146,71 @@ def _quantized_linear(
     activation_bits: int,
     activation_scale_dtype: str,
     gradient: str,
+    integer: bool,
 ) -> Tensor:
     scheme = _weight_scheme(scale, zero_point, bits, grid, group)
     tokens = _token_scheme(activation_bits, activation_scale_dtype)
-    zero_point = None if zero_point is None else zero_point.round()
-    codes = quantize(weight, scale, zero_point, scheme)
-    return multiply_prepared(
-        x, prepare_unpacked(codes, scale, zero_point, scheme, tokens), bias, tokens, x.dtype
-    )
+    if integer and tokens is not None:
+        zero_point = None if zero_point is None else zero_point.round()
+        codes = quantize(weight, scale, zero_point, scheme)
+        prepared = prepare_unpacked(codes, scale, zero_point, scheme, tokens)
+        return multiply_prepared(x, prepared, bias, tokens, x.dtype)
+    dtype = product_dtype(x)
+    values = values_in(weight, scale, zero_point, scheme, dtype)
+    bias = None if bias is None else bias.to(dtype)
+    return linear(_inputs(x, tokens).to(dtype), values, bias).to(x.dtype)
 
 
 @_quantized_linear.register_fake
 def _(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@torch.library.custom_op("qatapult::quantized_linear_backward", mutates_args=())
+def _quantized_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: float,
+    grid: str,
+    group: int,
+    activation_bits: int,
+    activation_scale_dtype: str,
+    gradient: str,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, scale and zero point; one that is not needed or does not exist is empty."""
+    scheme = _weight_scheme(scale, zero_point, bits, grid, group)
+    dtype = product_dtype(grad)
+    grad = grad.to(dtype)
+    grad_x, grad_weight, grad_scale, grad_zero = (x.new_empty(0, dtype=torch.float32) for _ in range(4))
+    if needs_x:
+        grad_x = (grad @ values_in(weight, scale, zero_point, scheme, dtype)).to(x.dtype)
+    if needs_weight:
+        inputs = _inputs(x, _token_scheme(activation_bits, activation_scale_dtype)).to(dtype)
+        top = Grid.of(scheme).top
+        factor = 1 / math.sqrt(weight.numel() // scale.numel() * top) if gradient == "lsq" else 1.0
+        grad_weight, grad_scale, grad_zero = torch.ops.qatapult.fake_quantize_backward(
+            grad.t() @ inputs, weight, scale, zero_point, *Grid.of(scheme), gradient, factor
+        )
+    return grad_x, grad_weight, grad_scale, grad_zero
+
+
+@_quantized_linear_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, *numbers: Any
+) -> Any:
+    gradient, needs_x, needs_weight = numbers[-3:]
+    learned = needs_weight and gradient != "ste"
+    return (
+        torch.empty_like(x) if needs_x else x.new_empty(0, dtype=torch.float32),
+        torch.empty_like(weight) if needs_weight else x.new_empty(0, dtype=torch.float32),
+        x.new_empty(scale.shape if learned else 0, dtype=torch.float32),
+        x.new_empty(scale.shape if learned and zero_point is not None else 0, dtype=torch.float32),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -151,30 +221,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, zero_point = ctx.saved_tensors
-    bits, grid_name, group, activation_bits, activation_scale_dtype, gradient = ctx.numbers
+    *numbers, gradient, _ = ctx.numbers
     needs_x, needs_weight, needs_scale, needs_zero, needs_bias = ctx.needs_input_grad[:5]
-    scheme = _weight_scheme(scale, zero_point, bits, grid_name, group)
-    dtype = product_dtype(grad)
-    grad_x = grad_weight = grad_scale = grad_zero = grad_bias = None
-    if needs_x:
-        values = fake_quantize(weight, scale, zero_point, scheme=scheme, gradient="ste")
-        grad_x = (grad.to(dtype) @ values.to(dtype)).to(x.dtype)
-    if needs_weight or needs_scale or needs_zero:
-        tokens = _token_scheme(activation_bits, activation_scale_dtype)
-        codes, token_scale = quantize_activations(x, tokens)
-        inputs = dequantize(codes, token_scale, None, tokens, dtype)
-        grad_values = grad.to(dtype).t() @ inputs
-        grad_weight, grad_scale, grad_zero = fake_quantize_backward(
-            grad_values, weight, scale, zero_point, scheme, gradient
-        )
-    if needs_bias:
-        grad_bias = grad.float().sum(0).to(ctx.bias_dtype)
+    if not (needs_scale or needs_zero):
+        gradient = "ste"  # the same gradient of the weight, without the sums
+    grad_x, grad_weight, grad_scale, grad_zero = torch.ops.qatapult.quantized_linear_backward(
+        grad.contiguous(), x, weight, scale, zero_point, *numbers, gradient,
+        needs_x, needs_weight or needs_scale or needs_zero,
+    )  # fmt: skip
     return (
-        grad_x,
+        grad_x if needs_x else None,
         grad_weight if needs_weight else None,
-        grad_scale if needs_scale else None,
-        grad_zero if needs_zero else None,
-        grad_bias,
+        grad_scale.to(scale.dtype) if needs_scale and grad_scale.numel() else None,
+        grad_zero.to(zero_point.dtype) if needs_zero and grad_zero.numel() else None,
+        grad.float().sum(0).to(ctx.bias_dtype) if needs_bias else None,
         *(None for _ in ctx.numbers),
     )
 
@@ -182,28 +242,16 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _quantized_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _inputs(x: Tensor, tokens: Scheme | None) -> Tensor:
+    """The activations as their grid represents them."""
+    return x if tokens is None else fake_quantize_dynamic(x.detach(), tokens)
+
+
 def product_dtype(like: Tensor) -> torch.dtype:
     """Where the processor multiplies bf16 and fp16 by emulation, fp32 is both faster and finer."""
     if like.device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
         return torch.float32
     return like.dtype
-
-
-def fake_quantize_backward(
-    grad: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, gradient: str
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of weight, scale and zero point from that of the fake-quantized weight; see
-    `fake_quantize`."""
-    grid = Grid.of(scheme)
-    factor = 1 / math.sqrt(weight.numel() // scale.numel() * grid.top) if gradient == "lsq" else 1.0
-    grad_weight, grad_scale, grad_zero = torch.ops.qatapult.fake_quantize_backward(
-        grad, weight, scale, zero_point, *grid, gradient, factor
-    )
-    return (
-        grad_weight,
-        grad_scale.to(scale.dtype) if grad_scale.numel() else None,
-        grad_zero.to(zero_point.dtype) if zero_point is not None and grad_zero.numel() else None,
-    )
 
 
 def _weight_scheme(scale: Tensor, zero_point: Tensor | None, bits: float, grid: str, group: int) -> Scheme:
@@ -217,5 +265,10 @@ def _weight_scheme(scale: Tensor, zero_point: Tensor | None, bits: float, grid: 
     )
 
 
-def _token_scheme(bits: int, scale_dtype: str) -> Scheme:
-    return Scheme(bits=bits, granularity="token", scale_dtype=cast(ScaleDtype, scale_dtype))
+def _token_scheme(bits: int, scale_dtype: str) -> Scheme | None:
+    """The activations' grid; 0 bits stand for none."""
+    return (
+        None
+        if not bits
+        else Scheme(bits=bits, granularity="token", scale_dtype=cast(ScaleDtype, scale_dtype))
+    )

@@ -17,6 +17,7 @@ from qatapult.kernels import (
     quantized_linear,
     use_backend,
 )
+from qatapult.kernels.quant_linear.reference import fake_quantized_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOKENS = Scheme(granularity="token")
@@ -49,24 +50,24 @@ def layer(scheme: Scheme, dtype: torch.dtype = torch.float32) -> dict[str, Tenso
 def run(
     mode: str, scheme: Scheme, gradient: str, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, dict[str, Any]]:
+    """`mode` is one of `quantized_linear`, or `composed` for the plain composition of its parts."""
     tensors = layer(scheme, dtype)
-    y = quantized_linear(
-        **tensors,
-        weight_scheme=scheme,
-        activation_scheme=TOKENS,
-        gradient=gradient,
-        mode=mode,  # type: ignore[arg-type]
-    )
+    grids: dict[str, Any] = {"weight_scheme": scheme, "activation_scheme": TOKENS, "gradient": gradient}
+    if mode == "composed":
+        y = fake_quantized_linear(**tensors, **grids)  # type: ignore[arg-type]
+    else:
+        y = quantized_linear(**tensors, **grids, mode=mode)  # type: ignore[arg-type]
     incoming = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
     (y * incoming.to(y.dtype)).sum().backward()
     return y.detach(), {name: t.grad for name, t in tensors.items() if t is not None}
 
 
+@pytest.mark.parametrize("mode", ["integer", "fake"])
 @pytest.mark.parametrize("gradient", ["lsq", "pact", "ste"])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
-def test_integer_and_fake_forward_and_backward_agree(scheme: Scheme, gradient: str) -> None:
-    y, gradients = run("integer", scheme, gradient)
-    expected, expected_gradients = run("fake", scheme, gradient)
+def test_forward_and_backward_are_those_of_the_composition(scheme: Scheme, gradient: str, mode: str) -> None:
+    y, gradients = run(mode, scheme, gradient)
+    expected, expected_gradients = run("composed", scheme, gradient)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     for name, grad in expected_gradients.items():
         if grad is None:
@@ -106,14 +107,26 @@ def test_the_triton_forward_agrees(scheme: Scheme) -> None:
     torch.testing.assert_close(y.cpu(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_saves_only_its_inputs_for_backward() -> None:
+@pytest.mark.parametrize("scheme", SCHEMES, ids=Scheme.describe)
+def test_the_fake_forward_under_bf16_equals_the_composition_bit_for_bit(scheme: Scheme) -> None:
+    y, gradients = run("fake", scheme, "lsq", torch.bfloat16)
+    expected, expected_gradients = run("composed", scheme, "lsq", torch.bfloat16)
+    assert torch.equal(y, expected)
+    assert torch.equal(gradients["x"], expected_gradients["x"])
+    torch.testing.assert_close(
+        gradients["weight_scale"], expected_gradients["weight_scale"], rtol=2e-2, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("mode", ["integer", "fake"])
+def test_saves_only_its_inputs_for_backward(mode: str) -> None:
     tensors = layer(SCHEMES[0], torch.bfloat16)
     saved: list[int] = []
     own = {t.untyped_storage().data_ptr() for t in tensors.values() if t is not None}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.append(t.untyped_storage().data_ptr()) or t, lambda t: t
     ):
-        quantized_linear(**tensors, weight_scheme=SCHEMES[0], activation_scheme=TOKENS, mode="integer")  # type: ignore[arg-type]
+        quantized_linear(**tensors, weight_scheme=SCHEMES[0], activation_scheme=TOKENS, mode=mode)  # type: ignore[arg-type]
     assert saved
     assert set(saved) <= own
 
@@ -138,7 +151,12 @@ def test_passes_opcheck_and_torch_compile() -> None:
     x = tensors["x"].detach().reshape(-1, 64).requires_grad_()  # type: ignore[union-attr]
     quantized_linear(x, **inputs, weight_scheme=scheme, activation_scheme=TOKENS, mode="integer")  # type: ignore[arg-type]
     numbers = (4.0, "integer", 32, 8, "float32", "lsq")
-    torch.library.opcheck(torch.ops.qatapult.quantized_linear, (x, *inputs.values(), *numbers))
+    for integer in (True, False):
+        torch.library.opcheck(torch.ops.qatapult.quantized_linear, (x, *inputs.values(), *numbers, integer))
+    detached = [tensor.detach() for tensor in (x, *inputs.values()) if tensor is not inputs["bias"]]
+    for needs in ((True, True), (False, True), (True, False)):
+        arguments = (torch.randn(10, 24), *detached, *numbers, *needs)
+        torch.library.opcheck(torch.ops.qatapult.quantized_linear_backward, arguments)
 
 
 def test_refuses_what_it_cannot_compute() -> None:
