@@ -10,12 +10,11 @@ import torch
 
 from qatapult.kernels.common.backend import backend_for
 from qatapult.kernels.common.operator import blocks_batch, differentiable
+from qatapult.kernels.fake_quant import cpu, reference
+from qatapult.kernels.fake_quant.op import fake_quantize, quantize_codes
+from qatapult.kernels.fake_quant.spec import Grid, RangeRule
 from qatapult.kernels.ranges import choose_range, finite, minmax_of, scale_of_range
 from qatapult.kernels.scheme import ScaleDtype, Scheme
-
-from . import cpu, reference
-from .op import fake_quantize, quantize_codes
-from .spec import Grid, RangeRule
 
 
 def fake_quantize_dynamic(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
@@ -70,7 +69,7 @@ def _implementation(x: torch.Tensor, block: int) -> ModuleType | None:
     """The module of the backend for rows of this length; None for the reference."""
     backend = backend_for(x)
     if backend == "triton":
-        from . import triton_dynamic
+        from qatapult.kernels.fake_quant import triton_dynamic
 
         return triton_dynamic if block <= triton_dynamic.LONGEST else None
     return cpu if backend == "cpu" and cpu.available(x.dtype) else None
@@ -81,6 +80,28 @@ def _reference_range(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     low, high = minmax_of(finite(x.reshape(-1, block)), rule.symmetric)
     return scale_of_range(low, high, grid, rule)
+
+
+def values_of(x: torch.Tensor, block: int, grid: Grid, rule: RangeRule) -> torch.Tensor:
+    """What the operator `fake_quantize_dynamic` computes."""
+    implementation = _implementation(x, block)
+    if implementation is None:
+        return reference.forward(x, *_reference_range(x, block, grid, rule), grid)
+    values: torch.Tensor = implementation.dynamic(x, block, grid, rule)
+    return values
+
+
+def codes_of(
+    x: torch.Tensor, block: int, grid: Grid, rule: RangeRule
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What the operator `quantize_dynamic` computes: codes, scales, zero points or None."""
+    implementation = _implementation(x, block)
+    if implementation is None:
+        scale, zero_point = _reference_range(x, block, grid, rule)
+        return reference.quantize(x, scale, zero_point, grid), scale, zero_point
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    found = implementation.quantize_dynamic(x, block, grid, rule)
+    return found
 
 
 @torch.library.custom_op("qatapult::fake_quantize_dynamic", mutates_args=())
@@ -94,12 +115,7 @@ def _fake_quantize_dynamic(
     symmetric: bool,
     scale_dtype: str,
 ) -> torch.Tensor:
-    grid, rule = Grid(qmin, qmax, offset), _rule(steps, symmetric, scale_dtype)
-    implementation = _implementation(x, block)
-    if implementation is None:
-        return reference.forward(x, *_reference_range(x, block, grid, rule), grid)
-    values: torch.Tensor = implementation.dynamic(x, block, grid, rule)
-    return values
+    return values_of(x, block, Grid(qmin, qmax, offset), _rule(steps, symmetric, scale_dtype))
 
 
 @_fake_quantize_dynamic.register_fake
@@ -125,13 +141,8 @@ def _quantize_dynamic(
     symmetric: bool,
     scale_dtype: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grid, rule = Grid(qmin, qmax, offset), _rule(steps, symmetric, scale_dtype)
-    implementation = _implementation(x, block)
-    if implementation is None:
-        scale, zero_point = _reference_range(x, block, grid, rule)
-        codes = reference.quantize(x, scale, zero_point, grid)
-    else:
-        codes, scale, zero_point = implementation.quantize_dynamic(x, block, grid, rule)
+    rule = _rule(steps, symmetric, scale_dtype)
+    codes, scale, zero_point = codes_of(x, block, Grid(qmin, qmax, offset), rule)
     shape = _scale_shape(x, block)
     # An operator cannot return None: no zero point is an empty tensor.
     zero_point = x.new_empty(0, dtype=torch.float32) if zero_point is None else zero_point.reshape(shape)

@@ -12,11 +12,10 @@ import torch
 from qatapult.kernels.blocks import check_scale
 from qatapult.kernels.common.backend import backend_for
 from qatapult.kernels.common.operator import blocks_batch, differentiable
+from qatapult.kernels.fake_quant import cpu, reference
+from qatapult.kernels.fake_quant.sharding import accept_dtensor
+from qatapult.kernels.fake_quant.spec import Gradient, Grid
 from qatapult.kernels.scheme import Scheme
-
-from . import cpu, reference
-from .sharding import accept_dtensor
-from .spec import Gradient, Grid
 
 
 def fake_quantize(
@@ -73,10 +72,15 @@ def fake_quantize(
         zero_point = None if zero_point is None else zero_point.detach()
     accept_dtensor(x)
     grid = Grid.of(scheme)
-    elements = x.numel() // max(1, scale.numel())
-    factor = 1 / math.sqrt(max(1, elements) * grid.top) if gradient == "lsq" else 1.0
+    factor = scale_factor(x, scale, grid, gradient)
     result: torch.Tensor = _differentiable(x, scale, zero_point, *grid, gradient, factor)
     return result
+
+
+def scale_factor(x: torch.Tensor, scale: torch.Tensor, grid: Grid, gradient: Gradient) -> float:
+    """What the gradients of scale and zero point are multiplied with, `f` of `fake_quantize`."""
+    elements = x.numel() // max(1, scale.numel())
+    return 1 / math.sqrt(max(1, elements) * grid.top) if gradient == "lsq" else 1.0
 
 
 def quantize_codes(
@@ -88,26 +92,11 @@ def quantize_codes(
     return _quantize(x.detach(), scale.detach(), zero_point, *Grid.of(scheme))
 
 
-def values_in(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    zero_point: torch.Tensor | None,
-    scheme: Scheme,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The values of `fake_quantize` in another dtype, in one pass where the backend can; for use inside operators."""
-    implementation = _implementation(x)
-    if implementation is cpu:
-        return cpu.forward(x, scale, zero_point, Grid.of(scheme), dtype)
-    values: torch.Tensor = implementation.forward(x, scale, zero_point, Grid.of(scheme))
-    return values.to(dtype)
-
-
-def _implementation(x: torch.Tensor) -> ModuleType | Any:
+def implementation(x: torch.Tensor) -> ModuleType | Any:
     """The module of the backend for this tensor."""
     backend = backend_for(x)
     if backend == "triton":
-        from . import triton_kernel
+        from qatapult.kernels.fake_quant import triton_kernel
 
         return triton_kernel
     return cpu if backend == "cpu" and cpu.available(x.dtype) else reference
@@ -122,7 +111,7 @@ def _quantize(
     qmax: int,
     offset: float,
 ) -> torch.Tensor:
-    codes: torch.Tensor = _implementation(x).quantize(x, scale, zero_point, Grid(qmin, qmax, offset))
+    codes: torch.Tensor = implementation(x).quantize(x, scale, zero_point, Grid(qmin, qmax, offset))
     return codes
 
 
@@ -142,7 +131,7 @@ def _fake_quantize(
     gradient: str,
     factor: float,
 ) -> torch.Tensor:
-    values: torch.Tensor = _implementation(x).forward(x, scale, zero_point, Grid(qmin, qmax, offset))
+    values: torch.Tensor = implementation(x).forward(x, scale, zero_point, Grid(qmin, qmax, offset))
     return values
 
 
@@ -164,7 +153,7 @@ def _fake_quantize_backward(
     factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grid = Grid(qmin, qmax, offset)
-    grad_x, *sums = _implementation(x).backward(grad, x, scale, zero_point, grid, gradient, factor)
+    grad_x, *sums = implementation(x).backward(grad, x, scale, zero_point, grid, gradient, factor)
     # A gradient that does not exist is an empty tensor: operators cannot return None.
     grad_scale, grad_zero = (_none(x) if part is None else part for part in sums)
     return grad_x, grad_scale, grad_zero

@@ -8,12 +8,12 @@ from torch.nn.functional import linear
 
 from qatapult.kernels.common.launches import record
 from qatapult.kernels.fake_quant.dynamic import quantize_dynamic
+from qatapult.kernels.int_gemm import vnni
+from qatapult.kernels.int_gemm.cpu import int_matmul_cpu, integer_linear_cpu
+from qatapult.kernels.int_gemm.decode import decode_product, multiply_few, suits
+from qatapult.kernels.int_gemm.tiles import TileLayout
+from qatapult.kernels.int_gemm.weights import Layout, PreparedWeight, check_schemes, prepare_weight
 from qatapult.kernels.scheme import Scheme
-
-from . import vnni
-from .cpu import int_matmul_cpu, integer_linear_cpu
-from .decode import decode_product, multiply_few, suits
-from .weights import Layout, PreparedWeight, check_schemes, prepare_weight
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -175,6 +175,26 @@ def _directly(
     return (product if bias is None else product + bias.float()).to(dtype)
 
 
+def multiply_codes(
+    codes: Tensor, token_scale: Tensor, weight: PreparedWeight, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`packed_linear` on codes that exist already, for use inside other operators: [M, K] to [M, N]."""
+    operand, scale, shift = weight.operand, weight.scale, weight.shift
+    if weight.layout == "tiles":
+        from qatapult.kernels.int_gemm.cuda import packed_product_triton
+
+        tiles, half = (
+            TileLayout(weight.scheme.storage_bits, weight.slice_width),
+            weight.scheme.level_offset != 0,
+        )
+        record("integer")
+        return packed_product_triton(codes, token_scale, operand, scale, shift, bias, tiles, half, dtype)
+    record("integer")
+    return integer_linear_cpu(
+        codes, token_scale, operand, scale, shift, weight.layout, weight.exact_span, bias, dtype
+    )
+
+
 @torch.library.custom_op("qatapult::packed_product", mutates_args=())
 def _packed_product(
     codes: Tensor,
@@ -192,8 +212,7 @@ def _packed_product(
     dtype: torch.dtype,
 ) -> Tensor:
     if layout == "tiles":
-        from .cuda import packed_product_triton
-        from .tiles import TileLayout
+        from qatapult.kernels.int_gemm.cuda import packed_product_triton
 
         tiles = TileLayout(bits, width)
         record("float" if token_scale is None else "integer")

@@ -3,23 +3,19 @@ values."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
-from torch.nn.functional import linear
 
-from qatapult.kernels.fake_quant.dynamic import fake_quantize_dynamic
-from qatapult.kernels.fake_quant.op import values_in
-from qatapult.kernels.fake_quant.spec import Gradient, Grid
-from qatapult.kernels.grid import check_scale, quantize
-from qatapult.kernels.int_gemm.op import multiply_prepared
-from qatapult.kernels.int_gemm.weights import check_schemes, prepare_unpacked
+from qatapult.kernels.fake_quant.spec import Gradient
+from qatapult.kernels.grid import check_scale
+from qatapult.kernels.int_gemm.weights import check_schemes
+from qatapult.kernels.quant_linear.compute import Grids, backward, forward
 from qatapult.kernels.quant_linear.reference import fake_quantized_linear
-from qatapult.kernels.scheme import TERNARY, Granularity, ScaleDtype, Scheme
-from qatapult.kernels.scheme import Grid as GridKind
+from qatapult.kernels.scheme import Scheme
 
 Mode = Literal["auto", "integer", "fake"]
 
@@ -88,7 +84,8 @@ def quantized_linear(
     if gradient == "ste":
         weight_scale = weight_scale.detach()
         weight_zero_point = None if weight_zero_point is None else weight_zero_point.detach()
-    y = _quantized_linear(
+    call = _Eager.apply if _eager(x, weight) else _quantized_linear
+    y: Tensor = call(
         x.reshape(-1, x.shape[-1]),
         weight,
         weight_scale,
@@ -126,11 +123,16 @@ def _fuses(x: Tensor, weight: Tensor) -> bool:
     On the CPU, where quantizing the weight again in the backward pass costs little beside the products. Sharded
     tensors and the transforms of `torch.func` need the composition of differentiable parts.
     """
+    return x.device.type == "cpu" and (torch.compiler.is_compiling() or _eager(x, weight))
+
+
+def _eager(x: Tensor, weight: Tensor) -> bool:
+    """Whether plain tensors of the CPU are computed with at once: then there is nothing to dispatch."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
     plain = type(x) in (Tensor, Parameter) and type(weight) in (Tensor, Parameter)
-    compiling = torch.compiler.is_compiling()
-    return x.device.type == "cpu" and (
-        compiling or (plain and not torch._C._are_functorch_transforms_active())
-    )
+    traced = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    return plain and not traced
 
 
 @torch.library.custom_op("qatapult::quantized_linear", mutates_args=())
@@ -148,17 +150,8 @@ def _quantized_linear(
     gradient: str,
     integer: bool,
 ) -> Tensor:
-    scheme = _weight_scheme(scale, zero_point, bits, grid, group)
-    tokens = _token_scheme(activation_bits, activation_scale_dtype)
-    if integer and tokens is not None:
-        zero_point = None if zero_point is None else zero_point.round()
-        codes = quantize(weight, scale, zero_point, scheme)
-        prepared = prepare_unpacked(codes, scale, zero_point, scheme, tokens)
-        return multiply_prepared(x, prepared, bias, tokens, x.dtype)
-    dtype = product_dtype(x)
-    values = values_in(weight, scale, zero_point, scheme, dtype)
-    bias = None if bias is None else bias.to(dtype)
-    return linear(_inputs(x, tokens).to(dtype), values, bias).to(x.dtype)
+    grids = Grids.of(scale, zero_point, bits, grid, group, activation_bits, activation_scale_dtype)
+    return forward(x, weight, scale, zero_point, bias, grids, integer)
 
 
 @_quantized_linear.register_fake
@@ -182,21 +175,13 @@ def _quantized_linear_backward(
     needs_x: bool,
     needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, scale and zero point; one that is not needed or does not exist is empty."""
-    scheme = _weight_scheme(scale, zero_point, bits, grid, group)
-    dtype = product_dtype(grad)
-    grad = grad.to(dtype)
-    grad_x, grad_weight, grad_scale, grad_zero = (x.new_empty(0, dtype=torch.float32) for _ in range(4))
-    if needs_x:
-        grad_x = (grad @ values_in(weight, scale, zero_point, scheme, dtype)).to(x.dtype)
-    if needs_weight:
-        inputs = _inputs(x, _token_scheme(activation_bits, activation_scale_dtype)).to(dtype)
-        top = Grid.of(scheme).top
-        factor = 1 / math.sqrt(weight.numel() // scale.numel() * top) if gradient == "lsq" else 1.0
-        grad_weight, grad_scale, grad_zero = torch.ops.qatapult.fake_quantize_backward(
-            grad.t() @ inputs, weight, scale, zero_point, *Grid.of(scheme), gradient, factor
-        )
-    return grad_x, grad_weight, grad_scale, grad_zero
+    """Gradients of x, weight, scale and zero point; one that does not exist is an empty tensor."""
+    grids = Grids.of(scale, zero_point, bits, grid, group, activation_bits, activation_scale_dtype)
+    rule = cast(Gradient, gradient)
+    found = backward(grad, x, weight, scale, zero_point, grids, rule, needs_x, needs_weight)
+    none = (x.new_empty(0, dtype=torch.float32) for _ in found)
+    a, b, c, d = (empty if one is None else one for one, empty in zip(found, none, strict=True))
+    return a, b, c, d
 
 
 @_quantized_linear_backward.register_fake
@@ -213,19 +198,19 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any = None) -> None:
     x, weight, scale, zero_point, bias, *ctx.numbers = inputs
     ctx.save_for_backward(x, weight, scale, zero_point)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, operator: Any = None) -> tuple[Tensor | None, ...]:
     x, weight, scale, zero_point = ctx.saved_tensors
     *numbers, gradient, _ = ctx.numbers
     needs_x, needs_weight, needs_scale, needs_zero, needs_bias = ctx.needs_input_grad[:5]
     if not (needs_scale or needs_zero):
         gradient = "ste"  # the same gradient of the weight, without the sums
-    grad_x, grad_weight, grad_scale, grad_zero = torch.ops.qatapult.quantized_linear_backward(
+    grad_x, grad_weight, grad_scale, grad_zero = (operator or _quantized_linear_backward)(
         grad.contiguous(), x, weight, scale, zero_point, *numbers, gradient,
         needs_x, needs_weight or needs_scale or needs_zero,
     )  # fmt: skip
@@ -242,33 +227,28 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _quantized_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _inputs(x: Tensor, tokens: Scheme | None) -> Tensor:
-    """The activations as their grid represents them."""
-    return x if tokens is None else fake_quantize_dynamic(x.detach(), tokens)
+class _Eager(torch.autograd.Function):
+    """The operator without its dispatch, which takes longer than a small layer's quantization."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _setup_context(ctx, inputs)
+        *tensors, bits, grid, group, activation_bits, scale_dtype, _, integer = inputs
+        grids = Grids.of(tensors[2], tensors[3], bits, grid, group, activation_bits, scale_dtype)
+        x, weight, scale, zero_point, bias = tensors
+        return forward(x, weight, scale, zero_point, bias, grids, integer)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad, _gradients)
 
 
-def product_dtype(like: Tensor) -> torch.dtype:
-    """Where the processor multiplies bf16 and fp16 by emulation, fp32 is both faster and finer."""
-    if like.device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
-        return torch.float32
-    return like.dtype
-
-
-def _weight_scheme(scale: Tensor, zero_point: Tensor | None, bits: float, grid: str, group: int) -> Scheme:
-    granularity: Granularity = "group" if group else "tensor" if scale.ndim == 1 else "channel"
-    return Scheme(
-        bits=bits if bits == TERNARY else int(bits),
-        granularity=granularity,
-        group_size=group or None,
-        symmetric=zero_point is None,
-        grid=cast(GridKind, grid),
-    )
-
-
-def _token_scheme(bits: int, scale_dtype: str) -> Scheme | None:
-    """The activations' grid; 0 bits stand for none."""
-    return (
-        None
-        if not bits
-        else Scheme(bits=bits, granularity="token", scale_dtype=cast(ScaleDtype, scale_dtype))
-    )
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, zero_point: Tensor | None, *numbers: Any
+) -> tuple[Tensor, ...]:
+    """`_quantized_linear_backward` without its dispatch."""
+    bits, grid, group, activation_bits, scale_dtype, *rule = numbers
+    grids = Grids.of(scale, zero_point, bits, grid, group, activation_bits, scale_dtype)
+    found = backward(grad, x, weight, scale, zero_point, grids, *rule)
+    return tuple(x.new_empty(0) if one is None else one for one in found)
