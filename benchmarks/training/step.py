@@ -1,15 +1,17 @@
 """Seconds a step and peak memory of fine-tuning, distillation and QAT, by this project, plain torch and torchao.
 
     python benchmarks/training/step.py                          # CPU, or the GPU where there is one
-    python benchmarks/training/step.py --rounds 7 --json step.json --plot step.png
-    python benchmarks/training/step.py --only "distillation (plain torch)" "QAT, integer forward" --memory none
+    python benchmarks/training/step.py --rounds 3 --json step.json --plot step.png
+    python benchmarks/training/step.py --only "distillation (plain torch)" "QAT, integer forward"
     python benchmarks/training/step.py --profile "QAT, integer forward"   # where one step's time goes
 
-All candidates train the same model on the same random tokens, take turns in every round of one process, and
-train the same parameters (the decoder's linears; QAT their scales as well). Peak memory is measured in a process for
-each candidate, from after its model is loaded: resident memory on a CPU, the allocator's peak on a GPU. The loops in
-plain torch are written with transformers and torch alone: autocast, whole logits in fp32, torch's AdamW and clipping.
-torchao's QAT runs in the plain distillation loop. Quantization is W4A8: int4 per channel, int8 per token.
+All candidates train the same model on the same random tokens and train the same parameters (the decoder's
+linears; QAT their scales as well). In every round each candidate has a process of its own, which loads, takes one
+step that does not count, then the measured ones; its peak memory is counted from after loading: resident memory
+on a CPU, the allocator's peak on a GPU. The plain loops are written with transformers and torch alone: autocast,
+whole logits in fp32, torch's AdamW and clipping. "memory kept": the same loop with glibc told not to return freed
+memory to the system, which this project does on CPUs by itself. torchao's QAT runs in the plain distillation
+loop. Quantization is W4A8: int4 per channel, int8 per token.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property, lru_cache
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +34,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qatapult.kernels.common.allocator import keep_freed_memory
 from qatapult.trainer.console import Console
 from qatapult.trainer.data.blocks import TokenizedData
 from qatapult.trainer.distill.cache import CachedTeacher, CacheFormat, write_cache
 from qatapult.trainer.distill.teacher import InProcessTeacher, Teacher
-from qatapult.trainer.loop.engine import configure_forward, create_accelerator, multiplies_bf16
+from qatapult.trainer.loop.engine import create_accelerator, multiplies_bf16
 from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.training import Trainer
 from qatapult.trainer.measure import CostMeter, device_name, peak_memory
@@ -45,19 +48,18 @@ from qatapult.trainer.quantize.prepare import prepare
 from qatapult.trainer.recipe.schema import Model, Recipe
 
 FINE_TUNING, DISTILLATION = "fine-tuning (plain torch)", "distillation (plain torch)"
-TORCHAO, OWN_DISTILLATION = "QAT (torchao, plain torch)", "distillation (qatapult)"
-FAKE, INTEGER = "QAT, fake-quantized forward", "QAT, integer forward"
-CACHED_FAKE, CACHED_INTEGER = "QAT, fake-quantized, cached teacher", "QAT, integer, cached teacher"
-CANDIDATES = (
-    FINE_TUNING, DISTILLATION, TORCHAO, OWN_DISTILLATION, FAKE, INTEGER, CACHED_FAKE, CACHED_INTEGER
-)  # fmt: skip
+KEPT, TORCHAO = "distillation (plain torch, memory kept)", "QAT (torchao, plain torch)"
+OWN_DISTILLATION, FAKE = "distillation (qatapult)", "QAT, fake-quantized forward"
+INTEGER, CACHED = "QAT, integer forward", "QAT, integer forward, cached teacher"
+CANDIDATES = (DISTILLATION, FINE_TUNING, KEPT, TORCHAO, OWN_DISTILLATION, FAKE, INTEGER, CACHED)
+KEEPS_MEMORY = (KEPT, OWN_DISTILLATION, FAKE, INTEGER, CACHED)
 Step = Callable[[], object]
 LEARNING_RATE = 1e-5
 CACHED_TOKENS = 64
 
 
 class Workshop:
-    """Models, teacher and data on one device; candidates that train the same kind of model share it.
+    """Model, teacher and data of one candidate on one device.
 
     Args:
         options: of the command line.
@@ -76,25 +78,16 @@ class Workshop:
 
     def step_of(self, name: str) -> Step:
         """One optimizer step of a candidate."""
+        if name in KEEPS_MEMORY and self.device.type == "cpu":
+            keep_freed_memory()
         if name == FINE_TUNING:
-            return PlainLoop(self, self.plain_model, None).step
-        if name == DISTILLATION:
-            return PlainLoop(self, self.plain_model, self.teacher).step
+            return PlainLoop(self, self.student(), None).step
+        if name in (DISTILLATION, KEPT):
+            return PlainLoop(self, self.student(), self.teacher()).step
         if name == TORCHAO:
-            return PlainLoop(self, torchao_model(self.student()), self.teacher).step
-        if name == OWN_DISTILLATION:
-            return trainer_of(self, "fake", quantized=False).step
-        trainer = self.quantized_trainer
-        cached = name in (CACHED_FAKE, CACHED_INTEGER)
-        teacher: Teacher = self.cached_teacher if cached else InProcessTeacher(self.teacher)
-        forward = name in (INTEGER, CACHED_INTEGER)
-
-        def step() -> None:
-            trainer.teacher = teacher
-            configure_forward(trainer.model, trainer.qat.model_copy(update={"integer_forward": forward}))
-            trainer.step()
-
-        return step
+            return PlainLoop(self, torchao_model(self.student()), self.teacher()).step
+        teacher: Teacher = self.cached_teacher() if name == CACHED else InProcessTeacher(self.teacher())
+        return trainer_of(self, teacher, name != OWN_DISTILLATION, name in (INTEGER, CACHED)).step
 
     def student(self) -> PreTrainedModel:
         """Another fp32 model whose linears alone train."""
@@ -113,28 +106,18 @@ class Workshop:
         low = self.precise != torch.float32
         return torch.autocast(self.device.type, self.precise) if low else nullcontext()
 
-    @cached_property
-    def plain_model(self) -> PreTrainedModel:
-        return self.student()
-
-    @cached_property
     def teacher(self) -> PreTrainedModel:
         """Frozen, in bf16 where the hardware multiplies it."""
         return load_model(self.source, self.precise).to(self.device).requires_grad_(False)
 
-    @cached_property
-    def quantized_trainer(self) -> Trainer:
-        return trainer_of(self, "fake", quantized=True)
-
-    @cached_property
-    def cached_teacher(self) -> CachedTeacher:
-        """The teacher's most likely tokens, written to disk with a teacher that is then forgotten."""
-        teacher = load_model(self.source, self.precise).to(self.device)
-        vocabulary = load_config(self.source).vocab_size
-        size, folder = self.blocks.shape[1], self.scratch / "cache"
+    def write_cache(self) -> None:
+        """The teacher's most likely tokens of all blocks, on disk."""
+        vocabulary, size = load_config(self.source).vocab_size, self.blocks.shape[1]
         layout = CacheFormat("tokens", "teacher", len(self.blocks), size, vocabulary, CACHED_TOKENS)
-        write_cache(folder, layout, teacher, self.blocks)
-        return CachedTeacher(folder, "tokens", 1.0, self.device)
+        write_cache(self.scratch / "cache", layout, self.teacher(), self.blocks)
+
+    def cached_teacher(self) -> CachedTeacher:
+        return CachedTeacher(self.scratch / "cache", "tokens", 1.0, self.device)
 
 
 class PlainLoop:
@@ -149,7 +132,9 @@ class PlainLoop:
     def __init__(self, workshop: Workshop, model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
         self.workshop, self.model, self.teacher = workshop, model, teacher
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = optimizer_of(model)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0
+        )
 
     def step(self) -> None:
         ids = self.workshop.next_ids()
@@ -169,13 +154,6 @@ class PlainLoop:
         return F.kl_div(*pair, log_target=True, reduction="batchmean")
 
 
-@lru_cache
-def optimizer_of(model: PreTrainedModel) -> torch.optim.AdamW:
-    """torch's AdamW as it comes; loops that share a model share its moments."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-
-
 def torchao_model(model: PreTrainedModel) -> PreTrainedModel:
     """torchao's QAT: int4 per channel, int8 per token (asymmetric: it has no symmetric grid per token)."""
     from torchao.quantization import quantize_
@@ -188,7 +166,7 @@ def torchao_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def trainer_of(workshop: Workshop, forward: str, quantized: bool) -> Trainer:
+def trainer_of(workshop: Workshop, teacher: Teacher, quantized: bool, integer: bool) -> Trainer:
     """This project's loop, on the engine that it would choose here."""
     options = workshop.options
     recipe = Recipe.model_validate(
@@ -198,7 +176,7 @@ def trainer_of(workshop: Workshop, forward: str, quantized: bool) -> Trainer:
             "data": {"block_size": options.block_size},
             "qat": {
                 "batch_size": options.blocks,
-                "integer_forward": forward == "integer",
+                "integer_forward": integer,
                 "optimizer": {"learning_rate": LEARNING_RATE},
             },
         }
@@ -209,7 +187,6 @@ def trainer_of(workshop: Workshop, forward: str, quantized: bool) -> Trainer:
         prepare(model, recipe.quantization, recipe.qat.method)
     held_out = workshop.blocks[:1]
     data = TokenizedData(workshop.blocks, held_out, torch.zeros_like(held_out))
-    teacher = InProcessTeacher(workshop.teacher, accelerator)
     log, console = MetricsLog(None), Console(quiet=True)
     return Trainer(accelerator, recipe, model, teacher, data, workshop.scratch, log, console)
 
@@ -223,46 +200,43 @@ def synchronized(step: Step, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def time_steps(names: list[str], options: argparse.Namespace, scratch: Path) -> dict[str, list[float]]:
-    """Seconds of the measured steps; in every round each candidate takes one."""
-    workshop = Workshop(options, scratch)
-    steps = {name: workshop.step_of(name) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(-1, options.rounds):
-        for name, step in steps.items():
-            elapsed = synchronized(step, workshop.device)
-            if round_ >= 0:  # the first allocates optimizer states and compiles
-                seconds[name].append(elapsed)
-    return seconds
+def visit(name: str, options: argparse.Namespace) -> Visit:
+    """One candidate's steps of a round, in a process of its own."""
+    keys = ("model", "blocks", "block_size", "steps", "scratch")
+    own = [f"--{key.replace('_', '-')}={getattr(options, key)}" for key in keys]
+    command = [sys.executable, __file__, *own, "--visit", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return Visit(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def measure_memory(name: str, options: argparse.Namespace) -> int:
-    """Peak bytes of two steps of one candidate, in this process."""
-    with tempfile.TemporaryDirectory() as scratch:
-        workshop = Workshop(options, Path(scratch))
-        step = workshop.step_of(name)
-        CostMeter(workshop.device)  # what loading took does not count
-        for _ in range(2):
-            step()
-        return peak_memory(workshop.device)
+@dataclass
+class Visit:
+    """What a process measured: seconds of each step, and its peak memory in bytes."""
+
+    seconds: list[float]
+    peak: int
 
 
-def memory_of(name: str, options: argparse.Namespace) -> int:
-    """The same in a process of its own."""
-    own = [f"--{key}={getattr(options, key)}" for key in ("model", "blocks")]
-    command = [sys.executable, __file__, *own, f"--block-size={options.block_size}", "--measure", name]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return int(output.strip().splitlines()[-1])
+def measure(name: str, options: argparse.Namespace) -> Visit:
+    """What `visit` asks for, in this process."""
+    workshop = Workshop(options, Path(options.scratch))
+    step = workshop.step_of(name)
+    CostMeter(workshop.device)  # what loading took does not count
+    step()  # allocates optimizer states, compiles
+    seconds = [synchronized(step, workshop.device) for _ in range(options.steps)]
+    return Visit(seconds, peak_memory(workshop.device))
 
 
 def profile(name: str, options: argparse.Namespace) -> str:
-    """Where the second step's time goes, by operator."""
-    with tempfile.TemporaryDirectory() as scratch:
-        workshop = Workshop(options, Path(scratch))
-        step = workshop.step_of(name)
+    """Where the third step's time goes, by operator."""
+    workshop = Workshop(options, Path(options.scratch))
+    step = workshop.step_of(name)
+    for _ in range(2):
         step()
-        with torch.profiler.profile() as profiler:
-            synchronized(step, workshop.device)
+    with torch.profiler.profile() as profiler:
+        synchronized(step, workshop.device)
     key = "self_cuda_time_total" if workshop.device.type == "cuda" else "self_cpu_time_total"
     return profiler.key_averages().table(sort_by=key, row_limit=40, max_name_column_width=60)
 
@@ -275,18 +249,18 @@ def table(seconds: dict[str, list[float]], memory: dict[str, int]) -> str:
     for name, median in medians.items():
         cells = [name, f"{median:.3f}"]
         cells += [_ratio(median, medians.get(base)) for base in (DISTILLATION, OWN_DISTILLATION)]
-        cells.append(f"{memory[name] / 1e9:.2f}" if name in memory else "")
-        cells += [_ratio(memory.get(name), memory.get(base)) for base in (DISTILLATION, OWN_DISTILLATION)]
+        cells.append(f"{memory[name] / 1e9:.2f}")
+        cells += [_ratio(memory[name], memory.get(base)) for base in (DISTILLATION, OWN_DISTILLATION)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _ratio(value: float | None, base: float | None) -> str:
-    return "" if value is None or base is None else f"{value / base:.3f}"
+def _ratio(value: float, base: float | None) -> str:
+    return "" if base is None else f"{value / base:.3f}"
 
 
 def plot(seconds: dict[str, list[float]], memory: dict[str, int], path: str) -> None:
-    """Bars of time and memory, with every round's time as a dot."""
+    """Bars of time and memory, with every step's time as a dot."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -297,7 +271,7 @@ def plot(seconds: dict[str, list[float]], memory: dict[str, int], path: str) -> 
     axes[0].barh(places, [statistics.median(values) for values in seconds.values()], color="#7aa6d8")
     for place, values in zip(places, seconds.values(), strict=True):
         axes[0].plot(values, [place] * len(values), "k.", markersize=3)
-    axes[1].barh(places, [memory.get(name, 0) / 1e9 for name in seconds], color="#d8a67a")
+    axes[1].barh(places, [memory[name] / 1e9 for name in seconds], color="#d8a67a")
     axes[0].set_yticks(places, seconds)
     axes[0].set_xlabel("seconds a step")
     axes[1].set_xlabel("peak memory, GB")
@@ -309,25 +283,40 @@ def main() -> None:
     parser.add_argument("--model", default="random:smollm2-135m", help="as a recipe's model.source")
     parser.add_argument("--blocks", type=int, default=4, help="sequences a step")
     parser.add_argument("--block-size", type=int, default=256, help="tokens a sequence")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each candidate")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of a process")
     parser.add_argument("--only", nargs="+", default=list(CANDIDATES), choices=CANDIDATES, metavar="NAME")
-    parser.add_argument("--memory", choices=("all", "none"), default="all", help="whether to measure it")
-    parser.add_argument("--measure", choices=CANDIDATES, help=argparse.SUPPRESS)
+    parser.add_argument("--visit", choices=CANDIDATES, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", help=argparse.SUPPRESS)
     parser.add_argument("--profile", choices=CANDIDATES, metavar="NAME", help="profile one step instead")
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--plot", help="file for the plot")
     options = parser.parse_args()
-    if options.measure or options.profile:
-        print(
-            measure_memory(options.measure, options) if options.measure else profile(options.profile, options)
-        )
+    if options.visit:
+        print(json.dumps(asdict(measure(options.visit, options))))
         return
     with tempfile.TemporaryDirectory() as scratch:
-        seconds = time_steps(options.only, options, Path(scratch))
-    memory = {name: memory_of(name, options) for name in options.only if options.memory == "all"}
+        options.scratch = scratch
+        if CACHED in (options.profile, *options.only):
+            Workshop(options, Path(scratch)).write_cache()
+        if options.profile:
+            print(profile(options.profile, options))
+        else:
+            compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Measure all candidates and report."""
+    visits: dict[str, list[Visit]] = {name: [] for name in options.only}
+    for _ in range(options.rounds):
+        for name, own in visits.items():
+            own.append(visit(name, options))
+    seconds = {name: [one for each in own for one in each.seconds] for name, own in visits.items()}
+    memory = {name: max(each.peak for each in own) for name, own in visits.items()}
     device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    tokens = f"{options.blocks} × {options.block_size} tokens"
-    print(f"{device}, torch {torch.__version__}, {options.model}, {tokens} a step, {options.rounds} rounds\n")
+    tokens = f"{options.blocks} × {options.block_size} tokens a step"
+    print(f"{device}, torch {torch.__version__}, {options.model}, {tokens}, ", end="")
+    print(f"median of {options.rounds} × {options.steps} steps\n")
     print(table(seconds, memory))
     if options.plot:
         plot(seconds, memory, options.plot)
