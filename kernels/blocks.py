@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .scheme import Scheme
+from qatapult.kernels.scheme import Scheme
 
 
 def as_blocks(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import torch
 
-from .blocks import as_blocks, as_columns, check_scale
-from .fake_quant.op import quantize_codes
-from .scheme import Scheme
+from qatapult.kernels.blocks import as_blocks, as_columns, check_scale
+from qatapult.kernels.fake_quant.op import quantize_codes
+from qatapult.kernels.scheme import Scheme
 
 
 def quantize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .scheme import Scheme
+from qatapult.kernels.scheme import Scheme
 
 
 def packed_features(features: int, scheme: Scheme) -> int:

@@ -29,9 +29,9 @@ import math
 
 import torch
 
-from .fake_quant.op import fake_quantize
-from .fake_quant.spec import Grid, RangeRule
-from .scheme import Scheme
+from qatapult.kernels.fake_quant.op import fake_quantize
+from qatapult.kernels.fake_quant.spec import Grid, RangeRule
+from qatapult.kernels.scheme import Scheme
 
 #: Shrink factors that the mean-square-error search tries.
 MSE_FACTORS = tuple(1 - 0.02 * step for step in range(41))

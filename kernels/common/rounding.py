@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .backend import interpreting
+from qatapult.kernels.common.backend import interpreting
 
 #: 1.5 · 2^23: adding it to a number of magnitude below 2^22 leaves no bits behind the point.
 _MAGIC = tl.constexpr(12582912.0)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from qatapult.kernels.common.cpp import load
-
-from .objective import Objective
+from qatapult.kernels.distillation.objective import Objective
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _KINDS = {"forward_kl": 0, "reverse_kl": 1, "jsd": 2}

@@ -7,8 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import op
-from .objective import Kind, Objective
+from qatapult.kernels.distillation import op
+from qatapult.kernels.distillation.objective import Kind, Objective
 
 Reduction = Literal["mean", "sum"]
 

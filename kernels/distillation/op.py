@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import chunks
-from .objective import Kind, Objective
-from .select import row_kernels
-from .topk import topk_rows_
+from qatapult.kernels.distillation import chunks
+from qatapult.kernels.distillation.objective import Kind, Objective
+from qatapult.kernels.distillation.select import row_kernels
+from qatapult.kernels.distillation.topk import topk_rows_
 
 _Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .objective import Objective
+from qatapult.kernels.distillation.objective import Objective
 
 
 def divergence_rows_(

@@ -8,9 +8,8 @@ from typing import Protocol, cast
 from torch import Tensor
 
 from qatapult.kernels.common.backend import backend_for
-
-from . import cpu, rows
-from .objective import Objective
+from qatapult.kernels.distillation import cpu, rows
+from qatapult.kernels.distillation.objective import Objective
 
 
 class RowKernels(Protocol):

@@ -17,9 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .objective import Objective
-from .reference import divergence
-from .select import RowKernels
+from qatapult.kernels.distillation.objective import Objective
+from qatapult.kernels.distillation.reference import divergence
+from qatapult.kernels.distillation.select import RowKernels
 
 
 def topk_rows_(

@@ -21,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qatapult.kernels.common.aot import AotCase
-
-from .objective import Objective
+from qatapult.kernels.distillation.objective import Objective
 
 #: Elements of a row at a time: with 8 warps 8 a thread, a 16-byte load of bf16 from each model. Four
 #: programs then share a multiprocessor (64 registers a thread): reductions overlap with others' loads.

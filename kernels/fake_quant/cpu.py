@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from qatapult.kernels.common.cpp import load
-
-from .spec import Gradient, Grid, RangeRule
+from qatapult.kernels.fake_quant.spec import Gradient, Grid, RangeRule
 
 _SOURCE = Path(__file__).with_name("fake_quant.cpp")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

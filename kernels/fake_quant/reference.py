@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 
 from qatapult.kernels.blocks import as_blocks, as_columns
-
-from .spec import Gradient, Grid
+from qatapult.kernels.fake_quant.spec import Gradient, Grid
 
 
 def forward(

@@ -16,8 +16,7 @@ import triton.language as tl
 from qatapult.kernels.common.aot import AotCase
 from qatapult.kernels.common.backend import triton_input
 from qatapult.kernels.common.rounding import clamp, divide, round_half_even, round_to_bfloat16
-
-from .spec import Grid, RangeRule
+from qatapult.kernels.fake_quant.spec import Grid, RangeRule
 
 #: Elements of a tile of short rows.
 TILE = 4096

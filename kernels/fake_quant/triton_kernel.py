@@ -20,8 +20,7 @@ import triton.language as tl
 from qatapult.kernels.common.aot import AotCase
 from qatapult.kernels.common.backend import triton_input
 from qatapult.kernels.common.rounding import clamp, divide, round_half_even
-
-from .spec import Gradient, Grid
+from qatapult.kernels.fake_quant.spec import Gradient, Grid
 
 #: Elements of a tile: with 8 warps, 16 a thread, which are two 16-byte loads of bf16 in flight.
 TILE = 4096

@@ -7,10 +7,10 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .configs import Config, Problem, VectorConfig, choose_config
-from .tiles import TileLayout
-from .triton_kernel import packed_gemm
-from .triton_vector import packed_gemv
+from qatapult.kernels.int_gemm.configs import Config, Problem, VectorConfig, choose_config
+from qatapult.kernels.int_gemm.tiles import TileLayout
+from qatapult.kernels.int_gemm.triton_kernel import packed_gemm
+from qatapult.kernels.int_gemm.triton_vector import packed_gemv
 
 #: Counters of arrivals that launches outside of CUDA graphs share, by device and stream; zero between
 #: launches.

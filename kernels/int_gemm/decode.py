@@ -14,9 +14,8 @@ from qatapult.kernels.common.cpp import load
 from qatapult.kernels.common.launches import record
 from qatapult.kernels.fake_quant import cpu
 from qatapult.kernels.fake_quant.spec import Grid, RangeRule
+from qatapult.kernels.int_gemm.weights import PreparedWeight
 from qatapult.kernels.scheme import Scheme
-
-from .weights import PreparedWeight
 
 #: Tokens up to which reading int8 beats the fp32 GEMM (AMD Zen 3, two threads), per channel and per group.
 MOST_TOKENS, MOST_TOKENS_GROUPED = 8, 4

@@ -32,10 +32,10 @@ void scaled(const int32_t* sums, const float* token_scale, const float* scale, c
     const float own = token_scale[row];
     if (bias) {
 #pragma omp simd
-      for (int64_t i = 0; i < columns; ++i) to[i] = store<T>(float(from[i]) * own * scale[i] + bias[i]);
+      for (int64_t i = 0; i < columns; ++i) to[i] = store<T>(float(from[i]) * scale[i] * own + bias[i]);
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < columns; ++i) to[i] = store<T>(float(from[i]) * own * scale[i]);
+      for (int64_t i = 0; i < columns; ++i) to[i] = store<T>(float(from[i]) * scale[i] * own);
     }
   }
 }
@@ -44,7 +44,7 @@ void scaled(const int32_t* sums, const float* token_scale, const float* scale, c
 
 extern "C" {
 
-// out[m, n] = sums[m, n] * token_scale[m] * scale[n] + bias[n]; dtype of out: 0 fp32, 1 bf16, 2 fp16; bias may be null.
+// out[m, n] = sums[m, n] * scale[n] * token_scale[m] + bias[n]; dtype of out: 0 fp32, 1 bf16, 2 fp16; bias may be null.
 void qatapult_scaled(int dtype, const int32_t* sums, const float* token_scale, const float* scale, const float* bias,
                      void* out, int64_t rows, int64_t columns, int threads) {
   if (dtype == 0) scaled(sums, token_scale, scale, bias, static_cast<float*>(out), rows, columns, threads);

@@ -42,7 +42,7 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 def _int_matmul(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == "cpu":
         return int_matmul_cpu(a, b)
-    from .cuda import int_matmul_cuda
+    from qatapult.kernels.int_gemm.cuda import int_matmul_cuda
 
     return int_matmul_cuda(a, b)
 

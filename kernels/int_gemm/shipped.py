@@ -9,11 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qatapult.kernels.common.aot import AotCase
-
-from .configs import BUCKETS, Config, GemmConfig, Problem, VectorConfig, default_config, read_table
-from .tiles import TileLayout
-from .triton_kernel import packed_gemm
-from .triton_vector import packed_gemv
+from qatapult.kernels.int_gemm.configs import (
+    BUCKETS,
+    Config,
+    GemmConfig,
+    Problem,
+    VectorConfig,
+    default_config,
+    read_table,
+)
+from qatapult.kernels.int_gemm.tiles import TileLayout
+from qatapult.kernels.int_gemm.triton_kernel import packed_gemm
+from qatapult.kernels.int_gemm.triton_vector import packed_gemv
 
 
 @dataclass(frozen=True)

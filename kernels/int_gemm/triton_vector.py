@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_kernel import _ASM, align3_asm, align_asm
+from qatapult.kernels.int_gemm.triton_kernel import _ASM, align3_asm, align_asm
 
 
 @triton.jit

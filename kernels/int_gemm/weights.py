@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from qatapult.kernels.common.backend import backend_for
+from qatapult.kernels.int_gemm import vnni
+from qatapult.kernels.int_gemm.tiles import TileLayout, slice_width_of, to_tiles
 from qatapult.kernels.packing import unpack
 from qatapult.kernels.scheme import Scheme
-
-from . import vnni
-from .tiles import TileLayout, slice_width_of, to_tiles
 
 #: `vnni`: codes of 4 or 8 bits in the order of `vnni.cpp`. `int8`: codes for torch's integer GEMM, [groups,
 #: N, group]. `codes`: the same codes as floats, [N, K], whose products are exact. `values`: dequantized,
