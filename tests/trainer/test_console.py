@@ -138,9 +138,9 @@ def test_the_table_is_followed_by_what_each_stage_took() -> None:
     Console(out=out).table(report)
     lines = [line.split("|")[1:4] for line in out.getvalue().splitlines() if "min" in line or "10 s" in line]
     assert [[cell.strip() for cell in line] for line in lines] == [
-        ["baseline", "10 s", "3.00 GB"],
-        ["qat", "1 min 15 s", "3.00 GB"],
-        ["whole run", "1 min 25 s", "3.00 GB"],
+        ["baseline", "10 s", "3 GB"],
+        ["qat", "1 min 15 s", "3 GB"],
+        ["whole run", "1 min 25 s", "3 GB"],
     ]
 
 
