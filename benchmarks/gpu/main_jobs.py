@@ -1,7 +1,7 @@
-"""The main job and the table of formats as parallel runs on one GPU: SmolLM2-135M, 614,400 tokens each.
+"""The main job and the table of formats as parallel runs on the GPUs: SmolLM2-135M, 614,400 tokens a run.
 
     python benchmarks/gpu/main_jobs.py --out results [--minutes 5] [--parallel 9] [--only w4a8 w2a16-g64]
-    python benchmarks/gpu/main_jobs.py --out results --only w4a8 --set model.source=random:tiny qat.tokens=2560
+    python benchmarks/gpu/main_jobs.py --out results --only w4a8 --tokens 2560 --set model.source=random:tiny
 
 Each run is a `qatapult train RECIPE`, from GPTQ where the recipe has it; the model is so small that one process waits
 for Python most of the time, so that many of them share a card. What is not done after `--minutes` is stopped and shown
@@ -18,10 +18,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
+
+import torch
 
 from qatapult.trainer.models import load_tokenizer, local_source
 from qatapult.trainer.recipe.loading import load_recipe
@@ -32,21 +33,20 @@ from qatapult.trainer.run_folder import RunFolder
 JOBS: dict[str, tuple[str, ...]] = {
     "w4a8": ("qat.evaluate_every_tokens=102400",),
     "w2a16-g64": ("qat.evaluate_every_tokens=102400",),
-    "w8a8": (),
-    "w4a8-mixed": (),
     "w4a16-g64": (),
     "w3a16-g64": (),
+    "w8a8": (),
     "ternary": (),
     "binary": (),
+    "w4a8-mixed": (),
 }
 COMMON = (
-    "qat.tokens=614400",
     "qat.batch_size=8",
     "qat.global_batch_tokens=4096",
     "data.evaluation_blocks=16",
     "ptq.calibration.blocks=64",
     "qat.checkpoints.keep=1",
-    "qat.evaluate_every_tokens=614400",
+    "qat.evaluate_every_tokens=1000000000",
     "export=[]",
 )
 
@@ -79,48 +79,60 @@ class Job:
             self.process.wait()
 
 
-def start(name: str, overrides: Sequence[str], runs: Path) -> Job:
-    """Start `qatapult train` of one row; what it says goes into a file beside its folder."""
-    recipe = f"smollm2-135m-{name}"
-    runs.mkdir(parents=True, exist_ok=True)
-    log = (runs / f"{name}.log").open("w", encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "qatapult.trainer.cli",
-        "train",
-        recipe,
-        f"name={name}",
+def start(name: str, gpu: int, options: argparse.Namespace) -> Job:
+    """Start `qatapult train` of one row on a GPU; what it says goes into a file beside the summary."""
+    log = (options.out / f"{name}.log").open("w", encoding="utf-8")
+    command = [sys.executable, "-m", "qatapult.trainer.cli", "train", f"smollm2-135m-{name}", f"name={name}"]
+    command += [
         *COMMON,
         *JOBS[name],
+        f"qat.tokens={options.tokens}",
+        *options.set,
+        "--runs",
+        str(options.runs),
     ]
     process = subprocess.Popen(
-        [*command, *overrides, "--runs", str(runs)],
+        command,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu), "OMP_NUM_THREADS": str(options.threads)},
         stdout=log,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    return Job(name, RunFolder(runs / name), process, log, time.monotonic())
+    return Job(name, RunFolder(options.runs / name), process, log, time.monotonic())
 
 
-def run_all(options: argparse.Namespace) -> list[Job]:
-    """At most `--parallel` at a time, in the order of the table, until all are done or the time is up."""
-    deadline = time.monotonic() + 60 * options.minutes
-    waiting, jobs = list(options.only), []
+def run_all(options: argparse.Namespace) -> None:
+    """At most `--parallel` at a time, in the order of the table, until all are done or the time is up.
+
+    The summary is written every so often, so that it is there whatever happens.
+    """
+    deadline, collected = time.monotonic() + 60 * options.minutes, 0.0
+    waiting, gpus = list(options.only), max(1, torch.cuda.device_count())
+    jobs: list[Job] = []
     try:
         while time.monotonic() < deadline:
             running = [job for job in jobs if not job.poll()]
             if not waiting and not running:
                 break
             if waiting and len(running) < options.parallel:
-                jobs.append(start(waiting.pop(0), options.set, options.runs))
+                jobs.append(start(waiting.pop(0), len(jobs) % gpus, options))
+            if time.monotonic() - collected > 20:
+                collect(jobs, options.out)
+                collected = time.monotonic()
             time.sleep(0.2)
     finally:
         for job in jobs:
             job.stop()
             job.poll()
-    return jobs
+        collect(jobs, options.out)
+
+
+def collect(jobs: list[Job], out: Path) -> None:
+    """Write `jobs.json` and `jobs.md` of the runs as they are."""
+    rows = [row(job) for job in jobs]
+    (out / "jobs.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (out / "jobs.md").write_text(markdown(rows), encoding="utf-8")
 
 
 def row(job: Job) -> dict[str, Any]:
@@ -195,6 +207,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the summary")
     parser.add_argument("--runs", type=Path, default=Path("/tmp/main_jobs"), help="folder of the runs")
     parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--tokens", type=int, default=614_400, help="of each run")
+    parser.add_argument("--threads", type=int, default=4, help="of each run on the processor")
     parser.add_argument("--parallel", type=int, default=len(JOBS))
     parser.add_argument("--only", nargs="+", default=list(JOBS), choices=list(JOBS))
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="overrides of all runs")
@@ -204,13 +218,12 @@ def main() -> None:
     if not recipe.model.source.startswith("random:"):
         local_source(recipe.model)
         load_tokenizer(recipe.model)
-    if not options.minutes:
-        return
-    rows = [row(job) for job in run_all(options)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "jobs.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    (options.out / "jobs.md").write_text(markdown(rows), encoding="utf-8")
-    print(markdown(rows))
+    if options.minutes:
+        options.out.mkdir(parents=True, exist_ok=True)
+        # A limit from outside is no reason to lose what was measured.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        run_all(options)
+        print((options.out / "jobs.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

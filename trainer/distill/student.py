@@ -76,6 +76,8 @@ class Student(nn.Module):
     def __init__(self, model: PreTrainedModel, distillation: Distillation) -> None:
         super().__init__()
         self.model = model
+        # FSDP2 asks the module that it shards, which is this one, what its units are.
+        self._no_split_modules = list(getattr(model, "_no_split_modules", None) or ())
         self.distillation = distillation
 
     def forward(

@@ -104,6 +104,7 @@ def _fsdp(setting: Setting) -> dict[str, Any]:
         "fsdp_reshard_after_forward": True,
         "fsdp_offload_params": setting.offload == "parameters",
         "fsdp_state_dict_type": "SHARDED_STATE_DICT",
-        "fsdp_cpu_ram_efficient_loading": True,
+        # Every process has read the model and laid it on its grids when the engine gets it.
+        "fsdp_cpu_ram_efficient_loading": False,
         "fsdp_activation_checkpointing": False,
     }
