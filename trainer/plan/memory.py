@@ -180,8 +180,8 @@ def saved_bytes_per_token(recipe: Recipe, shape: ModelShape, cluster: Cluster, s
 def keeps_quantized_values(recipe: Recipe, cluster: Cluster) -> bool:
     """Whether fake-quantized weights and inputs are kept for the backward pass.
 
-    The integer forward keeps neither: it computes them again. `auto` takes it on GPUs and CPUs with integer
-    instructions for grids per channel; this machine stands for a CPU.
+    The integer forward keeps neither: it computes them again. `auto` takes it on CPUs with integer instructions
+    for grids per channel; this machine stands for a CPU.
     """
     weights = recipe.quantization.weights
     if weights is None or recipe.qat.integer_forward is False:
@@ -191,9 +191,7 @@ def keeps_quantized_values(recipe: Recipe, cluster: Cluster) -> bool:
     if recipe.qat.integer_forward is True:
         return False
     per_channel = weights.granularity != "group"
-    if not cluster.gpu.is_cpu:
-        return not per_channel
-    return not (per_channel and "avx512_vnni" in processor_flags())
+    return not (cluster.gpu.is_cpu and per_channel and "avx512_vnni" in processor_flags())
 
 
 def autocasts(recipe: Recipe, cluster: Cluster, setting: Setting) -> bool:
