@@ -264,8 +264,7 @@ def describe(config: dict[str, int] | None) -> str:
         return ""
     if "units" in config:
         return "vector {rows}×{units} (w{warps})".format(**config)
-    text = "{block_n}×{block_m}, {split} (w{warps} s{stages})".format(**config)
-    return text + " whole" * config["whole"] + (f" r{config['registers']}" if config["registers"] else "")
+    return "{block_n}×{block_m}, {split} (w{warps} s{stages})".format(**config)
 
 
 def table(rows: list[Row]) -> str:

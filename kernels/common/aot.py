@@ -58,7 +58,6 @@ class AotCase:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
-    registers: int = 0
     aligned: tuple[str, ...] | None = None
 
 
@@ -115,8 +114,6 @@ def compile_case(case: AotCase, capability: int) -> AotReport:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    if case.registers:
-        options["maxnreg"] = case.registers
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage, sass = _disassemble(binary.asm["cubin"])
     return AotReport(

@@ -32,8 +32,6 @@ class GemmConfig:
         warps: warps of a program.
         stages: depth of the software pipeline.
         raster: blocks of channels worked on together, for the second-level cache.
-        whole: multiply both slices of a unit of 4-bit codes at once.
-        registers: most registers of a thread, so that more programs fit a processor; 0 for no limit.
     """
 
     block_n: int
@@ -42,8 +40,6 @@ class GemmConfig:
     warps: int = 4
     stages: int = 4
     raster: int = 8
-    whole: bool = False
-    registers: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class VectorConfig:
         warps: warps of a program.
     """
 
-    rows: int = 8
+    rows: int = 4
     units: int = 32
     warps: int = 4
 
@@ -145,44 +141,29 @@ def default_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
 
 
 def candidates(problem: Problem, unit: int) -> list[Config]:
-    """Configurations worth measuring for a product: the sweep's list, pruned by shape."""
+    """Configurations worth measuring for a product: the sweep's list, pruned by shape.
+
+    Blocks of 256 channels and limits on registers were measured on an H100 and never won (docs/performance).
+    """
     splits = [s for s in (1, 2, 4, 8, 16) if s <= max(1, problem.k // unit // 2)]
-    whole = (False, True) if problem.bits == 4 and problem.activation_bits == 8 else (False,)
     found: list[Config] = []
     if problem.m == 1 and problem.activation_bits == 8:
-        sizes = itertools.product((4, 8, 16), (16, 32), (2, 4, 8))
-        found += [VectorConfig(rows, units, warps) for rows, units, warps in sizes]
+        found += [VectorConfig(*size) for size in itertools.product((4, 8, 16), (16, 32), (2, 4))]
     if problem.bucket <= 32:
-        shapes = [(64, problem.bucket, 4), (128, problem.bucket, 4)]
-        axes = itertools.product(shapes, splits, (3, 5), whole)
-        found += [
-            GemmConfig(n, m, split, warps=warps, stages=stages, whole=joined)
-            for (n, m, warps), split, stages, joined in axes
-            if problem.n // n * split >= 32
-        ]
+        blocks = [(64, problem.bucket, 4), (128, problem.bucket, 4)]
+        depths: tuple[int, ...] = (3, 5)
+        splits = [s for s in splits if problem.n // 64 * s >= 32]
     elif problem.bucket <= 128:
-        shapes = [(64, 64, 4), (128, 64, 4), (256, 64, 8), (128, problem.bucket, 8)]
-        axes = itertools.product(shapes, [s for s in splits if s <= 8], (4,), whole)
-        found += [
-            GemmConfig(n, m, split, warps=warps, stages=stages, whole=joined)
-            for (n, m, warps), split, stages, joined in axes
-        ]
+        blocks, depths = [(64, 64, 4), (128, 64, 4), (64, problem.bucket, 4), (128, problem.bucket, 8)], (4,)
+        splits = [s for s in splits if s <= 8]
     else:
-        few = [s for s in splits if s <= (4 if problem.bucket == 256 else 1)]
-        axes = itertools.product(_PREFILL[bool(problem.group)], few, (3, 4), whole)
-        found += [
-            GemmConfig(n, m, split, warps=warps, stages=stages, whole=joined, registers=registers)
-            for (n, m, warps, registers), split, stages, joined in axes
-        ]
-    return found
-
-
-#: Blocks of prefill that are measured, without and with groups: channels, tokens, warps, registers. Blocks of 256
-#: channels read activations least often; limits on registers let one more program onto a processor.
-_PREFILL = {
-    False: [(64, 128, 4, 0), (128, 64, 4, 0), (128, 128, 4, 0), (128, 128, 8, 0), (256, 128, 8, 0), (128, 256, 8, 0)],
-    True: [(64, 128, 4, 0), (64, 128, 4, 168), (128, 64, 4, 0), (128, 64, 8, 128), (128, 128, 8, 0), (256, 64, 8, 0)],
-}  # fmt: skip
+        blocks = [(64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 4), (128, 128, 8), (128, 256, 8)]
+        depths = (3, 4)
+        splits = [s for s in splits if s <= (4 if problem.bucket == 256 else 1)]
+    axes = itertools.product(dict.fromkeys(blocks), splits, depths)
+    return found + [
+        GemmConfig(n, m, split, warps=warps, stages=stages) for (n, m, warps), split, stages in axes
+    ]
 
 
 def write_table(path: Path, rows: list[tuple[Problem, Config]]) -> None:

@@ -79,9 +79,7 @@ def packed_product_triton(
         stretch = span * layout.slice_width if group else k
         row_sum = x.unflatten(1, (-1, stretch)).sum(-1, dtype=torch.int32).t().contiguous()
     blocks = triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m)
-    # Both slices of a unit in one product: where they share a scale.
-    whole = config.whole and layout.bits == 4 and integer
-    whole = whole and (not group or (group % layout.unit == 0 and shift is None))
+    shift_in_groups = shift is not None and group > 0
     partial = counter = None
     if config.split > 1:
         size = blocks * config.split * config.block_m * config.block_n
@@ -118,10 +116,9 @@ def packed_product_triton(
         BLOCK_M=config.block_m,
         SPLIT=config.split,
         RASTER=config.raster,
-        WHOLE=whole,
+        WHOLE=integer and layout.takes_whole_units(group) and not shift_in_groups,
         num_warps=config.warps,
         num_stages=config.stages,
-        **({"maxnreg": config.registers} if config.registers else {}),
     )
     return y
 

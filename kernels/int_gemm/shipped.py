@@ -115,11 +115,10 @@ def _case(kind: Kind, config: GemmConfig) -> AotCase:
             "BLOCK_M": config.block_m,
             "SPLIT": config.split,
             "RASTER": config.raster,
-            "WHOLE": config.whole,
+            "WHOLE": integer and layout.takes_whole_units(kind.group) and not (kind.shift and kind.group),
         },
         num_warps=config.warps,
         num_stages=config.stages,
-        registers=config.registers,
         aligned=(*pointers, "N", "K", "rows"),
     )
 

@@ -56,6 +56,10 @@ class TileLayout:
         """Codes along K of one unit."""
         return self.slices * self.slice_width
 
+    def takes_whole_units(self, group: int) -> bool:
+        """Whether both slices of a unit go into one product: 4 bits, and one scale for all of a unit."""
+        return self.bits == 4 and group % self.unit == 0
+
     def span(self, group: int) -> int:
         """Slices that lie within one group of a unit, wherever the unit starts; all of them for `group` 0."""
         return math.gcd(self.slices, group // self.slice_width) if group else self.slices

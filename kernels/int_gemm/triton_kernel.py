@@ -189,6 +189,7 @@ def packed_gemm(  # type: ignore[no-untyped-def]
         counter: int32 [blocks], zero before and after.
         GROUP: codes that share a scale, 0 for one scale a channel.
         SPAN: slices that surely lie within one group, after which its scale is applied.
+        WHOLE: both slices of a unit are multiplied at once (`_whole_units`).
         RASTER: blocks of channels that neighbouring programs share before they go on to other tokens.
     """
     SLICES: tl.constexpr = 8 if BITS == 3 else 8 // BITS
@@ -207,7 +208,7 @@ def packed_gemm(  # type: ignore[no-untyped-def]
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_k = tl.arange(0, WIDTH)
     p_x = x + tl.where(o_m < M, o_m, 0).to(tl.int64)[None, :] * K + o_k[:, None]
-    p_w = w + tl.where(o_n < rows, o_n, 0)[:, None] * WIDTH + o_k[None, :]
+    p_w = w + o_n[:, None] * WIDTH + o_k[None, :]
 
     split = tl.cdiv(units, SPLIT)
     start = i_split * split

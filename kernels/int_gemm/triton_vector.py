@@ -82,7 +82,7 @@ def packed_gemv(  # type: ignore[no-untyped-def]
     EXCESS: tl.constexpr = 1.0 / (1 << (8 - BITS))
     o_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     o_word = tl.arange(0, WORDS)
-    o_row = tl.where(o_n < rows, o_n, 0) * WORDS
+    o_row = o_n * WORDS
     # What the end needs is asked for at the start, where nothing waits for it.
     if not RAW:
         row_scale = tl.load(token_scale) * EXCESS

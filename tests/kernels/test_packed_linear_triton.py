@@ -87,7 +87,7 @@ def test_sums_for_one_token_equal_the_reference_bit_for_bit(bits: int, width: in
 @pytest.mark.parametrize(("m", "n", "k"), [(3, 70, 256), (17, 300, 384), (18, 256, 197)])
 def test_units_multiplied_whole_give_the_same_sums(m: int, n: int, k: int, split: int) -> None:
     w, x = codes_of(4, n, k), codes_of(8, m, k, seed=1)
-    layout, config = TileLayout(4, 64), GemmConfig(256, 16, split, whole=True)
+    layout, config = TileLayout(4, 64), GemmConfig(64, 16, split)
     scale = torch.ones(n, 1, device=DEVICE)
     tiles = to_tiles(w, layout)
     sums = packed_product_triton(x, None, tiles, scale, None, None, layout, False, torch.int32, config)
@@ -96,7 +96,7 @@ def test_units_multiplied_whole_give_the_same_sums(m: int, n: int, k: int, split
 
 @pytest.mark.parametrize(
     ("m", "config"),
-    [(1, VectorConfig(4, 2, 2)), (5, GemmConfig(64, 16, 2, whole=True))],
+    [(1, VectorConfig(4, 2, 2)), (5, GemmConfig(64, 16, 2))],
     ids=["one", "whole"],
 )
 @pytest.mark.parametrize("group", [64, 128, 0])
