@@ -5,6 +5,8 @@
 Uses a GPU where there is one. The recorded figures of llm-compressor (GPTQ, 64 × 512 calibration tokens, the
 same model and text, a two-core machine with AVX512) stand beside the measured ones: W4A8 19.99 and W4A16 g64
 18.11, 234 s each.
+
+`--dump FOLDER` writes the model and the tokens instead, for `ptq_peer.py`: llm-compressor on exactly these.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import argparse
 import importlib
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from qatapult.trainer.data.blocks import TokenizedData, load_data
@@ -64,6 +68,14 @@ def quantized(
     return model, time.perf_counter() - started
 
 
+def dump(recipe: Recipe, data: TokenizedData, blocks: int, folder: Path) -> None:
+    """Write the full-precision model, the calibration blocks and the held-out blocks for a peer."""
+    load_model(recipe.model).save_pretrained(folder / "model")
+    load_tokenizer(recipe.model).save_pretrained(folder / "model")
+    tokens = {"calibration": spread_blocks(data.train, blocks).contiguous(), "held_out": data.held_out}
+    save_file(tokens, str(folder / "tokens.safetensors"))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -74,10 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ranges", nargs="+", default=list(RANGES), choices=RANGES)
     parser.add_argument("--calibration", nargs="+", type=int, default=[64], help="blocks of 512 tokens")
     parser.add_argument("--evaluation-blocks", type=int, default=16)
+    parser.add_argument("--dump", type=Path, help="write model and tokens for ptq_peer.py, and end")
     options = parser.parse_args(arguments)
     recipe = load_recipe(options.recipe, [f"data.evaluation_blocks={options.evaluation_blocks}"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = load_data(recipe, load_tokenizer(recipe.model))
+    if options.dump:
+        dump(recipe, data, options.calibration[0], options.dump)
+        return
     full = measure(load_model(recipe.model).to(device), data)
     print(f"full precision {full:.3f} on {data.held_out.numel():,} held-out tokens, {device}", flush=True)
     print(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 ABSENT = "–"
+# Times the full-precision perplexity from which a model counts as broken.
+_BROKEN = 10
 
 #: Keys of a metric in `report.json`, with the titles of their columns in the recovery table.
 VALUE_TITLES = (
@@ -86,9 +88,24 @@ VALUES = tuple(Column(*column, number) for column in VALUE_TITLES)
 RECOVERIES = (
     Column("recovery", "recovered", percent),
     Column("recovery_interval", "95 % interval", interval),
+)
+#: The perplexity of a broken model is astronomically large, and any training wins back "100 %" of it.
+LOG_RECOVERIES = (
+    Column("recovery_log", "of log-perplexity", percent),
+    Column("recovery_log_interval", "95 % interval", interval),
+)
+BEYOND_PTQ = (
     Column("recovery_from_best_ptq", "beyond best PTQ", percent),
     Column("recovery_from_best_ptq_interval", "95 % interval", interval),
 )
+
+
+def shows_log_recovery(report: Mapping[str, Any]) -> bool:
+    """Whether recovery has to be read in log-perplexity too: at 3 bits and below, and where PTQ broke the model."""
+    weights = (report.get("recipe", {}).get("quantization") or {}).get("weights") or {}
+    metric = report["metrics"].get("perplexity", {})
+    full, ptq = metric.get("full_precision"), metric.get("ptq")
+    return weights.get("bits", 16) <= 3 or (full is not None and ptq is not None and ptq > _BROKEN * full)
 
 
 def metric_columns(report: Mapping[str, Any]) -> list[Column]:
@@ -96,9 +113,10 @@ def metric_columns(report: Mapping[str, Any]) -> list[Column]:
     metrics = report["metrics"].values()
     only_rtn = all(metric.get("best_ptq_method") in (None, "rtn") for metric in metrics)
     values = [column for column in VALUES if any(metric.get(column.key) is not None for metric in metrics)]
+    recoveries = [*RECOVERIES, *(LOG_RECOVERIES if shows_log_recovery(report) else ())]
     if only_rtn:
-        return [*(column for column in values if column.key != "best_ptq"), *RECOVERIES[:2]]
-    return [*values, *RECOVERIES]
+        return [*(column for column in values if column.key != "best_ptq"), *recoveries]
+    return [*values, *recoveries, *BEYOND_PTQ]
 
 
 def metric_rows(report: Mapping[str, Any]) -> list[list[str]]:

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qatapult.trainer.report.text import ABSENT, duration, interval, number, percent
+from qatapult.trainer.report.text import ABSENT, duration, interval, number, percent, shows_log_recovery
 from qatapult.trainer.run_folder import write_atomically, write_json
 from qatapult.trainer.study.plots import write_study_plots
 from qatapult.trainer.study.results import CellResult, Figure, read_curve
 from qatapult.trainer.study.schema import Study
 
-#: Recovery of perplexity says little where round-to-nearest's is astronomically large.
-_BROKEN = 10
 #: Below this share of the full-precision perplexity a cost is no cost: a recovery of it would be noise.
 _NOTHING = 0.005
 
@@ -89,7 +87,7 @@ def recovery_columns(results: Sequence[CellResult]) -> list[TableColumn]:
         _share("recovered", "recovery"),
         _share("beyond the best PTQ", "recovery_from_best_ptq"),
     ]
-    if any(_is_broken(result) for result in results):
+    if any(shows_log_recovery(report) for result in results for report in result.reports):
         columns.append(_share("recovered, log-perplexity", "recovery_log"))
     columns += [
         TableColumn("the brief", lambda result: result.cell.brief or ABSENT),
@@ -210,8 +208,3 @@ def _with_reach(figure: Figure, write: Callable[[float | None], str]) -> str:
     if write is percent:
         return f"{percent(figure.value)} ({interval(figure.interval)})"
     return f"{write(figure.value)} ± {(figure.interval[1] - figure.interval[0]) / 2:.2g}"
-
-
-def _is_broken(result: CellResult) -> bool:
-    ptq, full = result.perplexity("ptq").value, result.perplexity("full_precision").value
-    return ptq is not None and full is not None and ptq > _BROKEN * full
