@@ -180,18 +180,15 @@ def saved_bytes_per_token(recipe: Recipe, shape: ModelShape, cluster: Cluster, s
 def keeps_quantized_values(recipe: Recipe, cluster: Cluster) -> bool:
     """Whether fake-quantized weights and inputs are kept for the backward pass.
 
-    The integer forward keeps neither: it computes them again. `auto` takes it on CPUs with integer instructions
-    for grids per channel; this machine stands for a CPU.
+    A CPU computes them again in the backward pass; a GPU does so for the integer forward alone, which `auto` does not
+    take there (`kernels.quantized_linear`).
     """
-    weights = recipe.quantization.weights
-    if weights is None or recipe.qat.integer_forward is False:
-        return weights is not None
-    if recipe.quantization.activations is None:
-        return True
-    if recipe.qat.integer_forward is True:
+    weights, activations = recipe.quantization.weights, recipe.quantization.activations
+    if weights is None:
         return False
-    per_channel = weights.granularity != "group"
-    return not (cluster.gpu.is_cpu and per_channel and "avx512_vnni" in processor_flags())
+    if cluster.gpu.is_cpu:
+        return activations is not None and activations.range != "minmax"
+    return activations is None or recipe.qat.integer_forward is not True
 
 
 def autocasts(recipe: Recipe, cluster: Cluster, setting: Setting) -> bool:
