@@ -191,7 +191,8 @@ def test_config_names_the_engine(engine: str) -> None:
         assert (config["distributed_type"], config["fsdp_config"]["fsdp_version"]) == ("FSDP", 2)
     else:
         assert config["distributed_type"] == {"single": "NO", "ddp": "MULTI_GPU"}[engine]
-    assert config["mixed_precision"] == "bf16"
+    # With a DeepSpeed file Accelerate refuses a precision of its own, when the processes are already running.
+    assert config.get("mixed_precision") == (None if engine.startswith("zero") else "bf16")
 
 
 @pytest.mark.parametrize("integer", [False, True])

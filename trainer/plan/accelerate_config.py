@@ -44,7 +44,9 @@ def accelerate_config(
         config["deepspeed_config"] = {"deepspeed_config_file": deepspeed_file, "zero3_init_flag": False}
         if cluster.nodes > 1:
             config["deepspeed_config"]["deepspeed_multinode_launcher"] = "standard"
-        config.pop("use_cpu")
+        # DeepSpeed's own file says the precision ("auto": the recipe's), and Accelerate refuses to be told twice.
+        for field in ("use_cpu", "mixed_precision"):
+            config.pop(field)
     if setting.engine == "fsdp2":
         config["fsdp_config"] = _fsdp(setting)
     return config
