@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from pathlib import Path
 BUCKETS = (16, 32, 64, 128, 256, 1024, 4096)
 #: Streaming multiprocessors: A100, H100 and H200. Constants, for the choice must not depend on the machine.
 PROCESSORS = {80: 108, 90: 132}
+#: Shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, technical specifications).
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,33 @@ def default_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
     limit = max(1, problem.k // unit // 2)
     split = 2 ** max(0, min(4, round(math.log2(max(1.0, min(wanted, limit))))))
     return GemmConfig(block_n, block_m, split, warps=warps, stages=4)
+
+
+def within_shared_memory(
+    config: GemmConfig, unit: int, unit_bytes: int, slice_width: int, element: int, capability: int
+) -> GemmConfig:
+    """The configuration with as few tokens a program as its pipeline's buffers take to fit.
+
+    A unit of fewer bits is more codes, and the tile of activations beside it grows with them. The estimate is what
+    Triton allocates for fp32 activations, and above it for shorter ones.
+
+    Args:
+        config: as chosen by shape alone.
+        unit: codes along K of a unit.
+        unit_bytes: packed bytes of a row's unit.
+        slice_width: codes along K of one product.
+        element: bytes of an activation.
+        capability: compute capability of the device.
+    """
+    limit = SHARED_BYTES.get(capability, min(SHARED_BYTES.values()))
+    buffers = max(1, config.stages - (1 if element == 4 else 0))
+    block_m = config.block_m
+    while block_m > 16:
+        tile = block_m * unit * element + config.block_n * unit_bytes
+        if buffers * tile + config.block_n * slice_width * element <= limit:
+            break
+        block_m //= 2
+    return replace(config, block_m=block_m)
 
 
 def candidates(problem: Problem, unit: int) -> list[Config]:

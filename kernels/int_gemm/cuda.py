@@ -7,7 +7,14 @@ import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
-from qatapult.kernels.int_gemm.configs import Config, Problem, VectorConfig, choose_config
+from qatapult.kernels.int_gemm.configs import (
+    Config,
+    GemmConfig,
+    Problem,
+    VectorConfig,
+    choose_config,
+    within_shared_memory,
+)
 from qatapult.kernels.int_gemm.tiles import TileLayout
 from qatapult.kernels.int_gemm.triton_kernel import packed_gemm
 from qatapult.kernels.int_gemm.triton_vector import packed_gemv
@@ -70,7 +77,12 @@ def packed_product_triton(
     if config is None:
         problem = Problem(m, n, k, layout.bits, group, 8 if integer else 16)
         vector = m == 1 and integer and shift is None and k % layout.unit == 0
-        config = choose_config(problem, _capability(x.device), layout.unit, vector)
+        capability = _capability(x.device)
+        config = choose_config(problem, capability, layout.unit, vector)
+        if isinstance(config, GemmConfig):
+            unit_bytes = layout.planes * layout.slice_width
+            sizes = (layout.unit, unit_bytes, layout.slice_width, x.element_size())
+            config = within_shared_memory(config, *sizes, capability)
     if isinstance(config, VectorConfig):
         _launch_vector(x, token_scale, tiles, scale, bias, y, layout, half, config)
         return y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from qatapult.kernels.int_gemm.configs import (
     choose_config,
     default_config,
     pin_table,
+    within_shared_memory,
     write_table,
 )
 
@@ -80,3 +82,16 @@ def test_the_kernel_for_one_token_is_chosen_only_where_it_can_run(tmp_path: Path
 def test_the_shipped_table_is_found() -> None:
     other = Problem(m=1, n=4096, k=4096, bits=4, group=0, activation_bits=8)
     assert choose_config(other, 90, 128) != default_config(other, 90, 128)
+
+
+@pytest.mark.parametrize(
+    ("unit", "unit_bytes", "element", "expected"),
+    [(128, 64, 2, 128), (128, 64, 4, 128), (256, 64, 4, 64), (512, 192, 4, 32), (512, 192, 2, 32)],
+    ids=["4 bits, bf16", "4 bits, fp32", "2 bits, fp32", "3 bits, fp32", "3 bits, bf16"],
+)
+def test_fewer_bits_take_fewer_tokens_a_program(
+    unit: int, unit_bytes: int, element: int, expected: int
+) -> None:
+    """128 × 128 × 3 stages took 304 kB of a Hopper GPU's 227 at 2 bits and fp32."""
+    rule = GemmConfig(128, 128, 1, warps=8, stages=3)
+    assert within_shared_memory(rule, unit, unit_bytes, 64, element, 90) == replace(rule, block_m=expected)
