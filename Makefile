@@ -1,6 +1,6 @@
 # make demo   install and recover SmolLM2-135M to W4A8 on this machine
 # make test   install with the test tools, lint, type check, test
-# make test-all, test-gpu, docs, format, clean
+# make test-slow, test-gpu, docs, format, clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ACCELERATE_CONFIG ?= configs/accelerate/default.yaml
 RECIPE ?= configs/recipes/smollm2-135m-w4a8.yaml
 
-.PHONY: demo test test-all test-gpu lint docs format clean
+.PHONY: demo test test-slow test-gpu lint docs format clean
 
 # `accelerate launch` gives a process one thread unless it is told otherwise.
 demo: $(VENV)/demo.installed
@@ -19,8 +19,10 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile tests/kernels tests/trainer
 	$(BIN)/python -m pytest -m "not slow and not gpu" tests/launch
 
-test-all: lint
-	$(BIN)/python -m pytest -m "not gpu"
+# Engines on two and four processes that are killed and resumed; a Slurm cluster whose nodes die.
+test-slow: $(VENV)/test.installed
+	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadfile tests/kernels tests/trainer
+	$(BIN)/python -m pytest -m "slow and not gpu" tests/launch
 
 test-gpu: $(VENV)/test.installed
 	$(BIN)/python -m pytest -m "gpu or not slow" tests/kernels

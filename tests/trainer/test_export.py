@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qatapult.trainer.evaluate.parity import arithmetic
 from qatapult.trainer.evaluate.perplexity import token_losses
 from qatapult.trainer.export.shards import ShardWriter
 from qatapult.trainer.export.trained import TrainedModel
@@ -76,7 +77,9 @@ def test_compressed_tensors_in_stock_transformers_is_the_trained_model(
 ) -> None:
     model = trained_model(GRIDS[grid], source)
     losses = export("compressed_tensors", model, tmp_path / "out")
-    torch.testing.assert_close(losses, token_losses(model, token_ids()), atol=2e-3, rtol=0)
+    # The library multiplies fake-quantized values: another last bit than integer sums, and then another code.
+    with arithmetic(quant_layers(model), "fake"):
+        torch.testing.assert_close(losses, token_losses(model, token_ids()), atol=2e-3, rtol=0)
     packed = convert(model)
     assert isinstance(packed, PreTrainedModel)
     assert losses.mean().exp() == pytest.approx(

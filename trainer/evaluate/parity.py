@@ -52,14 +52,14 @@ def compare(trained: PreTrainedModel, packed: PreTrainedModel, ids: Tensor) -> d
     """
     quantized, integers = quant_layers(trained), packed_layers(packed)
     noise = {name: _Noise() for name in integers}
-    with _arithmetic(quantized, "integer"), _comparing_layers(quantized, integers, noise):
+    with arithmetic(quantized, "integer"), _comparing_layers(quantized, integers, noise):
         expected = last_hidden(trained, ids).flatten(0, 1)
     actual = last_hidden(packed, ids).flatten(0, 1)
     layers = [_layer(name, layer, quantized[name], noise[name]) for name, layer in integers.items()]
     result: dict[str, Any] = {"codes_equal": all(layer["codes_equal"] for layer in layers)}
     result |= _logits(trained, packed, expected, actual)
     if any(layer.activation_scheme is not None for layer in integers.values()):
-        with _arithmetic(quantized, "fake"):
+        with arithmetic(quantized, "fake"):
             faked = last_hidden(trained, ids).flatten(0, 1)
         result["fake_arithmetic"] = _logits(trained, packed, faked, actual)
     return result | {"layers": layers}
@@ -112,7 +112,7 @@ class _Noise:
 
 
 @contextmanager
-def _arithmetic(layers: dict[str, QuantizedWeight], mode: Mode) -> Iterator[None]:
+def arithmetic(layers: dict[str, QuantizedWeight], mode: Mode) -> Iterator[None]:
     """Inside, quantized layers multiply codes (`integer`) or fake-quantized values (`fake`)."""
     before = {name: layer.integer_forward for name, layer in layers.items()}
     for layer in layers.values():
