@@ -17,8 +17,10 @@ from qatapult.trainer.search.budget import Budget
 from qatapult.trainer.search.divergence import Divergence
 from qatapult.trainer.search.sensitivity import Costs, Progress, searched_weights
 
-# Share that the reference's candidate has at the beginning.
-_FIRST_SHARE = 0.8
+# Share that all other candidates of a group have at the beginning, unless that exceeds a budget.
+_FIRST_SHARE = 0.2
+# … and which they have in any case: at zero nothing is learned.
+_LEAST_SHARE = 0.01
 # Weight of the penalty: the divergence that exceeding the budget by its whole size costs, over the
 # reference's.
 _PENALTY = 10.0
@@ -43,12 +45,13 @@ def learned_costs(
         on_progress: called with the number of steps done.
 
     Returns:
-        −log p, `[groups, candidates]`: the integer program over them picks the likeliest assignment in the
-        budgets.
+        log (p at the beginning / p), `[groups, candidates]`: the integer program over them picks, within the
+        budgets, the assignment that training made likelier most.
     """
     switching = divergence.switching
     switching.set(reference)
-    scores = _first_scores(len(switching.candidates), reference).requires_grad_(True)
+    first = _first_scores(len(switching.candidates), reference, budgets)
+    scores = first.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([scores], lr=rate)
     unit = max(float(divergence.measure(reference)), 1e-6)
     for step in range(steps):
@@ -63,14 +66,24 @@ def learned_costs(
         if on_progress is not None:
             on_progress(step + 1)
     switching.set(reference)
-    costs: Costs = -scores.detach().log_softmax(dim=-1).numpy().astype(np.float64)
+    costs: Costs = (first - scores.detach().log_softmax(dim=-1)).numpy().astype(np.float64)
     return costs
 
 
-def _first_scores(candidates: int, reference: Sequence[int]) -> torch.Tensor:
-    others = (1 - _FIRST_SHARE) / max(1, candidates - 1)
-    scores = torch.full((len(reference), candidates), float(np.log(others)) if candidates > 1 else 0.0)
-    scores[torch.arange(len(reference)), torch.tensor(reference)] = float(np.log(_FIRST_SHARE))
+def _first_scores(candidates: int, reference: Sequence[int], budgets: Sequence[Budget]) -> torch.Tensor:
+    """Log-shares, the same for every group, that use no budget up: else the penalty decides alone."""
+    if candidates == 1:
+        return torch.zeros(len(reference), 1)
+    rows, others = np.arange(len(reference)), _FIRST_SHARE
+    for budget in budgets:
+        at_reference = budget.usage[rows, reference]
+        # Use of the budget when every group is any other candidate, beyond that of the reference.
+        more = float((budget.usage.sum(axis=1) - at_reference).sum() / (candidates - 1) - at_reference.sum())
+        if more > 0:
+            others = min(others, (budget.limit - budget.fixed - float(at_reference.sum())) / more)
+    others = max(others, _LEAST_SHARE)
+    scores = torch.full((len(reference), candidates), float(np.log(others / (candidates - 1))))
+    scores[torch.from_numpy(rows), torch.tensor(reference)] = float(np.log(1 - others))
     return scores
 
 

@@ -1,9 +1,8 @@
-"""The search from a recipe to an assignment: estimate, measure, choose, verify, refine."""
+"""The search from a recipe to an assignment: estimate, measure, choose, refine, judge on other text."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from qatapult.trainer.recipe.schema import Recipe
 from qatapult.trainer.search.budget import Budget, make_budget, parse_budget
 from qatapult.trainer.search.candidates import Candidate, describe, parse_candidates
 from qatapult.trainer.search.divergence import Divergence
+from qatapult.trainer.search.finals import Finalist, finalists, judge, judging_text, second_round
 from qatapult.trainer.search.groups import Group, find_groups
 from qatapult.trainer.search.learned import learned_costs
 from qatapult.trainer.search.program import frontier, solve
@@ -31,8 +31,9 @@ from qatapult.trainer.search.switching import SwitchingModel
 
 #: Estimates of sensitivity; each one's assignment is measured whole, so that the best one wins.
 MEASURES = ("fisher", "hessian", "learned")
-# Share of the time limit after which measuring single changes gives way to whole assignments.
-_MEASURING_SHARE = 0.7
+# Shares of the time limit after which single changes around the recipe's grid, those around the program's
+# answer, and the refinement give way to what follows.
+_MEASURING_SHARE, _ROUND_SHARE, _REFINING_SHARE = 0.45, 0.7, 0.8
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,14 @@ class SearchResult:
 
     Attributes:
         choice: candidate index of each group.
-        divergence: measured KL of the choice and of the recipe's own grid, nats a token.
+        divergence: measured KL of the choice, nats a token, on the text that was searched on.
+        reference_divergence: the same of the recipe's own grid.
+        judged: KL of the choice on other text, which decided among the finalists.
+        reference_judged: the same of the recipe's own grid.
         costs: `[groups, candidates]`, change of the divergence that the program worked with.
         predicted: what the costs add up to for the choice.
         rivals: measured divergence of the assignment that the program chooses by each measure alone.
+        finals: the finalists, best on the other text first; the first is the choice.
         front: `(use of the first budget, measured or predicted divergence, measured?)` of other assignments.
     """
 
@@ -84,10 +89,13 @@ class SearchResult:
     choice: list[int]
     divergence: float
     reference_divergence: float
+    judged: float
+    reference_judged: float
     predicted: float
     costs: NDArray[np.float64]
     estimates: dict[str, NDArray[np.float64]]
     rivals: dict[str, float]
+    finals: list[Finalist]
     front: list[tuple[float, float, bool]]
     measured_changes: int
     seconds: float
@@ -117,7 +125,8 @@ def search(recipe: Recipe, settings: SearchSettings, folder: Path, console: Cons
     solve(np.zeros((len(groups), len(candidates))), budgets)  # refuses contradicting budgets before the work
     data = recipe.data.model_copy(update={"block_size": settings.block_size})
     tokenizer = load_tokenizer(recipe.model)
-    text = load_data(recipe.model_copy(update={"data": data}), tokenizer).train[: settings.blocks]
+    train = load_data(recipe.model_copy(update={"data": data}), tokenizer).train
+    text = train[: settings.blocks]
     state = open_state(folder, _question(recipe, candidates, groups, text))
     deadline = started + settings.seconds - state.seconds
 
@@ -132,9 +141,11 @@ def search(recipe: Recipe, settings: SearchSettings, folder: Path, console: Cons
     reference_value = divergence.set_reference(reference)
     state.remember(reference, reference_value)
 
+    def until(share: float) -> float:
+        return started + share * (deadline - started)
+
     estimates = _estimate(divergence, reference, budgets, settings, state, console)
-    measuring_deadline = started + _MEASURING_SHARE * (deadline - started)
-    _measure(divergence, reference, estimates["slope"], budgets, state, console, measuring_deadline)
+    _measure(divergence, reference, estimates["slope"], budgets, state, console, until(_MEASURING_SHARE))
     costs = _costs(groups, candidates, reference, reference_value, estimates["slope"], state)
 
     def measure(choice: list[int]) -> float:
@@ -144,15 +155,24 @@ def search(recipe: Recipe, settings: SearchSettings, folder: Path, console: Cons
             state.remember(choice, known)
         return known
 
-    planned = solve(costs, budgets)
-    rivals = {"divergence": measure(planned)}
-    for name, estimate in estimates.items():
-        if time.monotonic() < deadline:
-            rivals[name] = measure(solve(estimate, budgets))
+    answers = {"divergence": solve(costs, budgets)}
+    answers |= {name: solve(estimate, budgets) for name, estimate in estimates.items()}
+    measure(answers["divergence"])
+    with console.progress(costs.size - len(groups), "around the answer") as meter:
+        around = second_round(
+            divergence, costs, answers["divergence"], state, until(_ROUND_SHARE), meter.update
+        )
+    both = (costs + around) / 2
+    answers |= {"second round": solve(around, budgets), "both rounds": solve(both, budgets)}
+    rivals = {name: measure(choice) for name, choice in answers.items()}
     with console.progress(settings.trials, "refining") as meter:
-        refine(costs, budgets, measure, settings.trials, recipe.seed, deadline, meter.update)
-    state.save()
-    return _result(groups, candidates, budgets, reference, reference_value, costs, estimates, rivals, state)
+        refine(both, budgets, measure, settings.trials, recipe.seed, until(_REFINING_SHARE), meter.update)
+    judging = Divergence(switching, judging_text(train, settings.blocks))
+    entries = finalists(answers, state, budgets)
+    with console.progress(len(entries), "finals") as meter:
+        finals = judge(judging, entries, state, deadline, meter.update)
+    (recipe_itself,) = judge(judging, [("recipe", reference)], state)
+    return _result(groups, candidates, budgets, recipe_itself, costs, estimates, rivals, finals, state)
 
 
 def _check(recipe: Recipe, settings: SearchSettings) -> None:
@@ -274,34 +294,32 @@ def _result(
     groups: list[Group],
     candidates: list[Candidate],
     budgets: list[Budget],
-    reference: list[int],
-    reference_value: float,
+    recipe: Finalist,
     costs: NDArray[np.float64],
     estimates: dict[str, NDArray[np.float64]],
     rivals: dict[str, float],
+    finals: list[Finalist],
     state: SearchState,
 ) -> SearchResult:
-    def within(choice: list[int]) -> bool:
-        return all(budget.used(choice) <= budget.limit * (1 + 1e-9) for budget in budgets)
-
-    measured = [(choice, value) for choice, value in state.measured() if within(choice)]
-    best, value = min(measured, key=lambda entry: entry[1], default=(solve(costs, budgets), math.nan))
-    rows = np.arange(len(groups))
+    rows, best = np.arange(len(groups)), finals[0]
     front = [(budgets[0].used(choice), found, True) for choice, found in state.measured()]
     for _, choice in frontier(costs, budgets[0]):
-        front.append((budgets[0].used(choice), reference_value + float(costs[rows, choice].sum()), False))
+        front.append((budgets[0].used(choice), recipe.divergence + float(costs[rows, choice].sum()), False))
     return SearchResult(
         groups=groups,
         candidates=candidates,
         budgets=budgets,
-        reference=reference,
-        choice=best,
-        divergence=value,
-        reference_divergence=reference_value,
-        predicted=reference_value + float(costs[rows, best].sum()),
+        reference=recipe.choice,
+        choice=best.choice,
+        divergence=best.divergence,
+        reference_divergence=recipe.divergence,
+        judged=best.judged,
+        reference_judged=recipe.judged,
+        predicted=recipe.divergence + float(costs[rows, best.choice].sum()),
         costs=costs,
         estimates=estimates,
         rivals=rivals,
+        finals=finals,
         front=front,
         measured_changes=len(state.changes),
         seconds=state.seconds,

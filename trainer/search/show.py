@@ -57,6 +57,17 @@ def result_json(result: SearchResult) -> dict[str, Any]:
         "divergence": result.divergence,
         "divergence_predicted": result.predicted,
         "divergence_reference": result.reference_divergence,
+        "divergence_judged": result.judged,
+        "divergence_judged_reference": result.reference_judged,
+        "finals": [
+            {
+                "origin": finalist.origin,
+                "divergence": finalist.divergence,
+                "judged": finalist.judged,
+                "assignment": [result.candidates[choice].name for choice in finalist.choice],
+            }
+            for finalist in result.finals
+        ],
         "assignment": {
             group.name: result.candidates[choice].name
             for group, choice in zip(result.groups, result.choice, strict=True)
@@ -102,10 +113,12 @@ def print_result(result: SearchResult, console: Console, folder: Path) -> None:
     saved = 1 - result.divergence / result.reference_divergence
     console.print(
         f"KL to full precision: {result.reference_divergence:.4f} → {result.divergence:.4f} nats a token "
-        f"(−{saved:.0%}; the sum of single changes predicted {result.predicted:.4f})",
+        f"(−{saved:.0%}; the sum of single changes predicted {result.predicted:.4f}); on other text "
+        f"{result.reference_judged:.4f} → {result.judged:.4f}",
         highlight=False,
     )
     console.print(_table(result))
+    console.print(_finals(result))
     agree = ", ".join(f"{name} {value:.2f}" for name, value in rank_correlations(result).items())
     console.print(f"Rank correlation with the measured gains: {agree}", style="dim", highlight=False)
     alone = ", ".join(f"{name} {value:.4f}" for name, value in result.rivals.items())
@@ -152,6 +165,18 @@ def plot(result: SearchResult, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _finals(result: SearchResult, most: int = 6) -> Table:
+    """The best finalists: what they reach on the text that found them, and on the other that decides."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("finalist", no_wrap=True)
+    for name in ("KL", "KL on other text"):
+        table.add_column(name, justify="right")
+    for index, finalist in enumerate(result.finals[:most]):
+        figures = (f"{finalist.divergence:.4f}", f"{finalist.judged:.4f}")
+        table.add_row(finalist.origin, *figures, style="bold" if index == 0 else "dim")
+    return table
 
 
 def _table(result: SearchResult, most: int = 20) -> Table:

@@ -24,6 +24,7 @@ class SearchState:
         estimates: measure to costs `[groups][candidates]`, for the estimated measures.
         changes: `group name|candidate name` to the divergence with that one change, nats a token.
         assignments: candidate indices joined by `,` to the measured divergence of the whole assignment.
+        judgements: likewise, on the text that finalists are measured on.
         seconds: time spent so far.
     """
 
@@ -32,6 +33,7 @@ class SearchState:
     estimates: dict[str, list[list[float]]] = field(default_factory=dict)
     changes: dict[str, float] = field(default_factory=dict)
     assignments: dict[str, float] = field(default_factory=dict)
+    judgements: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -47,6 +49,7 @@ class SearchState:
                 "estimates": self.estimates,
                 "changes": self.changes,
                 "assignments": self.assignments,
+                "judgements": self.judgements,
                 "seconds": self.seconds,
             },
         )
@@ -58,6 +61,15 @@ class SearchState:
     def remember(self, choice: list[int], value: float) -> None:
         """Keep the measured divergence of a whole assignment."""
         self.assignments[_key(choice)] = value
+        self.save()
+
+    def judgement(self, choice: list[int]) -> float | None:
+        """The divergence of a finalist on the other text, if it was measured."""
+        return self.judgements.get(_key(choice))
+
+    def judge(self, choice: list[int], value: float) -> None:
+        """Keep the divergence of a finalist on the other text."""
+        self.judgements[_key(choice)] = value
         self.save()
 
     def measured(self) -> list[tuple[list[int], float]]:
