@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from qatapult.kernels import Scheme, choose_range, dequantize, quantize
+from qatapult.trainer.evaluate.perplexity import Perplexity, perplexity
 from qatapult.trainer.insight import activations, importance, scales, weights
 from qatapult.trainer.insight.sentences import claims
 from qatapult.trainer.models import load_model
@@ -223,6 +224,40 @@ def test_ablation_switches_groups_off_and_on_again(quantized: PreTrainedModel, b
     assert all(layer.quantize_weights and layer.quantize_activations for layer in layers.values())
 
 
+def test_ablation_from_the_first_block_that_changes_is_the_whole_model_s(
+    quantized: PreTrainedModel, blocks: torch.Tensor
+) -> None:
+    """Starting at kept hidden states gives what running everything gives."""
+    layers = quant_layers(quantized)
+    found = {
+        group["name"]: group["perplexity"] for group in scales.ablation(quantized, layers, blocks)["groups"]
+    }
+    for name, members in scales.layer_groups(layers).items():
+        with scales.switched_off([layers[member] for member in members]):
+            whole = perplexity(quantized, blocks, torch.zeros_like(blocks)).value
+        assert found[name] == pytest.approx(whole, rel=1e-5), name
+
+
+def test_deep_models_are_sampled_evenly() -> None:
+    groups = scales.layer_groups(
+        [f"model.layers.{i}.mlp.{part}" for i in range(80) for part in ("up", "down")]
+    )
+    tried = scales.sampled_groups(groups, 5)
+    assert list(tried) == ["block 0", "up", "down", "block 20", "block 40", "block 59", "block 79"]
+    assert scales.sampled_groups(groups, 80) == groups
+
+
+def test_pruning_ends_where_the_model_is_ruined(model: PreTrainedModel, blocks: torch.Tensor) -> None:
+    shares = (0.0, 0.5, 0.9)
+    ruin = iter((10.0, 31.0, 99.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importance, "perplexity", lambda *_: Perplexity([(math.log(next(ruin)), 1)]))
+        found = importance.pruned_perplexities(model, blocks, {}, shares)
+    assert found == pytest.approx([10, 31])
+    assert importance.tolerated_share(shares, found, 0.05) == pytest.approx(0.5 * 0.5 / 21)
+    assert importance.tolerated_share(shares, found, 9.0) == 0.5
+
+
 def test_verdicts_follow_the_figures() -> None:
     part = {"near": 0.2, "tail": 0.01, "kurtosis": 1.0, "clipped": 0.023}
     after = {"near": 0.3, "tail": 0.02, "kurtosis": 1.0, "clipped": 0.004}
@@ -250,12 +285,20 @@ def test_command_on_a_run(tmp_path: Path) -> None:
     changes = ["name=tiny", "export=[]", "qat.tokens=8192"]
     done = qatapult("train", "tiny-random-w4a8", *changes, "--runs", str(tmp_path))
     assert done.returncode == 0, done.stderr
+    done = qatapult("insight", str(tmp_path / "tiny"), "--blocks", "2", "--only", "weights")
+    assert done.returncode == 0, done.stderr
+    first = json.loads((tmp_path / "tiny" / "insight.json").read_text())
+    assert set(first["sentences"]) == {"weights"}
     done = qatapult("insight", str(tmp_path / "tiny"), "--blocks", "2", "--json")
     assert done.returncode == 0, done.stderr
+    assert "weights: as measured before" in done.stderr
+    assert "activations: as measured before" not in done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     assert found == json.loads((tmp_path / "tiny" / "insight.json").read_text())
     assert set(found["sentences"]) == {"weights", "activations", "importance", "scales"}
     assert found["weights"]["snapshots"] >= 3  # start, checkpoints, end
+    assert found["weights"] == first["weights"]
+    assert found["cost"]["seconds"] > first["cost"]["seconds"]
     report = json.loads((tmp_path / "tiny" / "report.json").read_text())
     assert report["insight"]["weights"]["qat"]["near"] == found["weights"]["qat"]["near"]
     assert all(layer["error_after"] > 0 for layer in report["layers"])

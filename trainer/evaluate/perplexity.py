@@ -58,7 +58,13 @@ def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
         model: a causal language model, packed or not.
         ids: int64 `[B, S]`.
     """
-    hidden = last_hidden(model, ids)[:, :-1].flatten(0, 1)
+    return losses_of_hidden(model, last_hidden(model, ids), ids)
+
+
+@torch.no_grad()
+def losses_of_hidden(model: PreTrainedModel, hidden: Tensor, ids: Tensor) -> Tensor:
+    """Next-token losses, fp32 `[B, S − 1]`, from the hidden states after the final norm, `[B, S, D]`."""
+    hidden = hidden[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten()
     head = model.get_output_embeddings()
     parts = [

@@ -8,7 +8,7 @@ al., arXiv:2309.17453).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -122,6 +122,7 @@ def layer_activations(
     blocks: Tensor,
     schemes: Mapping[str, Scheme | None],
     static_ranges: Mapping[str, float] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, LayerActivations]:
     """Measure the inputs of linear layers.
 
@@ -131,14 +132,17 @@ def layer_activations(
         schemes: the layers to measure, with the grid of their inputs (also for the full-precision model: what
             the grid would do to its inputs).
         static_ranges: `static_range` of each layer in the full-precision model, for `beyond_static`.
+        on_progress: called with the number of blocks done.
     """
     collectors = {
         name: _Collector(scheme, static_ranges[name] if static_ranges else None)
         for name, scheme in schemes.items()
     }
     with _watching(model, collectors):
-        for block in blocks:
+        for done, block in enumerate(blocks, start=1):
             last_hidden(model, block[None].to(model.device))
+            if on_progress:
+                on_progress(done)
     return {name: collector.result() for name, collector in collectors.items()}
 
 

@@ -7,7 +7,7 @@ Fisher information of a mask on it (Kwon et al., arXiv:2204.09656). Both are rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 from qatapult.trainer.evaluate.perplexity import last_hidden, perplexity
 
-#: Shares of the neurons that the pruning experiment switches off.
+#: Shares of the neurons that the pruning experiment switches off, as long as there is still a model.
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
+# The experiment ends when the perplexity is so many times that of the whole model.
+_RUINED = 3.0
 
 
 def last_projections(model: nn.Module) -> list[str]:
@@ -31,7 +33,10 @@ def last_projections(model: nn.Module) -> list[str]:
 
 
 def neuron_importance(
-    model: PreTrainedModel, blocks: Tensor, names: Sequence[str]
+    model: PreTrainedModel,
+    blocks: Tensor,
+    names: Sequence[str],
+    on_progress: Callable[[int], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Importance of every input of the named layers.
 
@@ -39,6 +44,7 @@ def neuron_importance(
         model: a causal language model, quantized or not; its parameters get no gradients.
         blocks: token ids, int64 `[blocks, S]`.
         names: layers whose inputs are the neurons.
+        on_progress: called with the number of blocks done.
 
     Returns:
         Taylor importance and Fisher information, each fp64 `[K]` by layer, means over blocks.
@@ -53,13 +59,15 @@ def neuron_importance(
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.requires_grad_(False)
     try:
-        for block in blocks:
+        for done, block in enumerate(blocks, start=1):
             _loss(model, block[None].to(model.device)).backward()
             for name, x in kept.items():
                 assert x.grad is not None
                 effect = (x.detach().double() * x.grad.double()).flatten(0, -2).sum(dim=0).cpu()
                 taylor[name] += effect.abs() / len(blocks)
                 fisher[name] += effect.square() / len(blocks)
+            if on_progress:
+                on_progress(done)
     finally:
         for handle in handles:
             handle.remove()
@@ -88,33 +96,44 @@ def pruned_perplexities(
     blocks: Tensor,
     importance: Mapping[str, Tensor],
     shares: Sequence[float] = SHARES,
+    on_progress: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Perplexity with the least important neurons of every layer switched off.
+
+    Ends early where the model is ruined: larger shares would say nothing more.
 
     Args:
         model: a causal language model, quantized or not.
         blocks: token ids, int64 `[blocks, S]`.
         importance: of the inputs of each layer, `[K]`.
-        shares: shares of each layer's neurons to switch off.
+        shares: shares of each layer's neurons to switch off, rising from 0.
+        on_progress: called with the number of shares done.
+
+    Returns:
+        One for each share, the last ones left out where the model was ruined before.
     """
-    results = []
+    results: list[float] = []
     documents = torch.zeros_like(blocks)
     for share in shares:
         masks = {name: _mask(values, share) for name, values in importance.items()}
         with _switched_off(model, masks):
             results.append(perplexity(model, blocks, documents).value)
+        if on_progress:
+            on_progress(len(results))
+        if results[-1] > _RUINED * results[0]:
+            break
     return results
 
 
 def tolerated_share(shares: Sequence[float], perplexities: Sequence[float], rise: float) -> float:
     """Share of neurons that may go before the perplexity has risen by `rise` (0.05 is 5 %), interpolated."""
     limit = perplexities[0] * (1 + rise)
-    for index in range(1, len(shares)):
+    for index in range(1, len(perplexities)):
         if perplexities[index] > limit:
             before, after = perplexities[index - 1], perplexities[index]
             part = (limit - before) / (after - before)
             return shares[index - 1] + part * (shares[index] - shares[index - 1])
-    return shares[-1]
+    return shares[len(perplexities) - 1]
 
 
 def _loss(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +18,7 @@ from transformers import PreTrainedModel
 from qatapult.kernels import quantize
 from qatapult.trainer.console import Console
 from qatapult.trainer.context import Context
-from qatapult.trainer.insight import activations, importance, scales, weights
+from qatapult.trainer.insight import activations, importance, parts, scales, weights
 from qatapult.trainer.insight.sentences import claims, sentences
 from qatapult.trainer.loop.checkpoint import list_checkpoints
 from qatapult.trainer.loop.engine import create_accelerator
@@ -23,7 +26,7 @@ from qatapult.trainer.quantize.modules import QuantizedWeight
 from qatapult.trainer.quantize.prepare import quant_layers
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import load_recipe
-from qatapult.trainer.run_folder import RunFolder, write_json
+from qatapult.trainer.run_folder import RunFolder
 from qatapult.trainer.stages.ptq import load_quantized
 from qatapult.trainer.stages.qat import load_trained
 from qatapult.trainer.tracking.trackers import Tracking
@@ -47,36 +50,52 @@ class InsightSettings:
     rise: float = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass
 class Models:
-    """The same model three times: original, as training started, as it ended."""
+    """The same model three times: original, as training started, as it ended; each loads when first needed."""
 
-    full_precision: PreTrainedModel
-    ptq: PreTrainedModel
-    qat: PreTrainedModel
+    context: Context
+
+    @cached_property
+    def full_precision(self) -> PreTrainedModel:
+        return self.context.load_model().eval()
+
+    @cached_property
+    def ptq(self) -> PreTrainedModel:
+        return load_quantized(self.context).eval()
+
+    @cached_property
+    def qat(self) -> PreTrainedModel:
+        return load_trained(self.context)
 
     def items(self) -> list[tuple[str, PreTrainedModel]]:
         return [("full_precision", self.full_precision), ("ptq", self.ptq), ("qat", self.qat)]
 
 
 def insight(context: Context, settings: InsightSettings) -> dict[str, Any]:
-    """Analyse a run whose training is finished, and write `insight.json` into its folder.
+    """Analyse a run whose training is finished, and write `insight.json` into its folder, part by part.
+
+    Parts that an earlier call measured with the same settings are kept.
 
     Raises:
         UserError: if training is not finished.
     """
     if not context.run.stage("qat").exists():
         raise UserError(f"{context.run.path}: training is not finished; insight needs the trained model")
-    meter = context.meter()
-    models = Models(context.load_model(), load_quantized(context), load_trained(context))
     blocks = context.data.held_out[: settings.blocks]
-    result: dict[str, Any] = {"blocks": len(blocks), "tokens": blocks.numel()}
+    asked = parts.question(context.run, blocks.numel(), settings.rise)
+    result = parts.stored(context.run, asked) or {"question": asked}
+    result |= {"blocks": len(blocks), "tokens": blocks.numel()}
+    models = Models(context)
     for part in settings.parts:
-        context.console.say(f"  {part}")
+        if part in result:
+            context.console.say(f"  {part}: as measured before")
+            continue
+        meter = context.meter()
         result[part] = _ANALYSES[part](context, models, blocks, settings)
-    result["sentences"], result["claims"] = sentences(result), claims(result)
-    result["cost"] = meter.cost(blocks.numel())
-    write_json(context.run.path / "insight.json", result)
+        result["sentences"], result["claims"] = sentences(result), claims(result)
+        result["cost"] = parts.added_cost(result.get("cost"), meter.cost(blocks.numel()))
+        parts.save(context.run, result)
     return result
 
 
@@ -96,17 +115,19 @@ def look_at_weights(
     histories = code_histories(context.run.checkpoints, before, after)
     fits: dict[str, list[tuple[weights.GridFit, int]]] = {"full_precision": [], "ptq": [], "qat": []}
     rows = []
-    for name, layer in after.items():
-        assert layer.weight_scheme is not None
-        original = models.full_precision.get_parameter(f"{name}.weight").flatten(1)
-        of = {
-            "full_precision": weights.nearest_fit(original, layer.weight_scheme),
-            "ptq": weights.layer_fit(before[name]),
-            "qat": weights.layer_fit(layer),
-        }
-        for model, fit in of.items():
-            fits[model].append((fit, original.numel()))
-        rows.append(_weight_row(name, before[name], layer, of, histories[name]))
+    with _steps(context.console, len(after), "weights") as step:
+        for name, layer in after.items():
+            assert layer.weight_scheme is not None
+            original = models.full_precision.get_parameter(f"{name}.weight").flatten(1)
+            of = {
+                "full_precision": weights.nearest_fit(original, layer.weight_scheme),
+                "ptq": weights.layer_fit(before[name]),
+                "qat": weights.layer_fit(layer),
+            }
+            for model, fit in of.items():
+                fits[model].append((fit, original.numel()))
+            rows.append(_weight_row(name, before[name], layer, of, histories[name]))
+            step()
     counts = [count for _, count in fits["qat"]]
     return {
         **{model: weights.total(pairs) for model, pairs in fits.items()},
@@ -125,16 +146,17 @@ def look_at_activations(
     result: dict[str, Any] = {}
     by_layer: dict[str, dict[str, Any]] = {name: {"name": name} for name in schemes}
     ranges: dict[str, float] | None = None
-    for model_name, model in models.items():
-        layers = activations.layer_activations(model, blocks, schemes, ranges)
-        ranges = ranges or {name: layer.static_range for name, layer in layers.items()}
-        for name, layer in layers.items():
-            by_layer[name][model_name] = layer.as_json()
-        result[model_name] = {
-            **activations.total(layers.values()),
-            "massive": activations.massive_activations(model, blocks)[:8],
-            "sinks": activations.attention_sinks(model, blocks[:1]),
-        }
+    with _steps(context.console, 3 * (len(blocks) + 2), "activations") as step:
+        for model_name, model in models.items():
+            layers = activations.layer_activations(model, blocks, schemes, ranges, step)
+            ranges = ranges or {name: layer.static_range for name, layer in layers.items()}
+            for name, layer in layers.items():
+                by_layer[name][model_name] = layer.as_json()
+            result[model_name] = activations.total(layers.values())
+            result[model_name]["massive"] = activations.massive_activations(model, blocks)[:8]
+            step()
+            result[model_name]["sinks"] = activations.attention_sinks(model, blocks[:1])
+            step()
     return {**result, "layers": list(by_layer.values())}
 
 
@@ -146,18 +168,22 @@ def look_at_importance(
     if not names:
         return {}
     result: dict[str, Any] = {"shares": list(importance.SHARES), "rise": settings.rise}
-    for model_name, model in models.items():
-        taylor, fisher = importance.neuron_importance(model, blocks, names)
-        curve = importance.pruned_perplexities(model, blocks, taylor)
-        result[model_name] = {
-            "taylor_gini": importance.gini(torch.cat(list(taylor.values()))),
-            "taylor_top": importance.top_share(torch.cat(list(taylor.values()))),
-            "fisher_gini": importance.gini(torch.cat(list(fisher.values()))),
-            "fisher_top": importance.top_share(torch.cat(list(fisher.values()))),
-            "perplexities": curve,
-            "tolerated": importance.tolerated_share(importance.SHARES, curve, settings.rise),
-        }
+    with _steps(context.console, 3 * (len(blocks) + len(importance.SHARES)), "importance") as step:
+        for model_name, model in models.items():
+            taylor, fisher = importance.neuron_importance(model, blocks, names, step)
+            curve = importance.pruned_perplexities(model, blocks, taylor, on_progress=step)
+            result[model_name] = {
+                **_concentration("taylor", taylor),
+                **_concentration("fisher", fisher),
+                "perplexities": curve,
+                "tolerated": importance.tolerated_share(importance.SHARES, curve, settings.rise),
+            }
     return result
+
+
+def _concentration(kind: str, of: Mapping[str, Tensor]) -> dict[str, float]:
+    values = torch.cat(list(of.values()))
+    return {f"{kind}_gini": importance.gini(values), f"{kind}_top": importance.top_share(values)}
 
 
 def look_at_scales(
@@ -169,9 +195,9 @@ def look_at_scales(
         name: scales.scale_moves(before[name].grid()[0], layer.grid()[0]) for name, layer in after.items()
     }
     layers = quant_layers(models.qat)
-    groups = len(scales.layer_groups(layers))
+    groups = len(scales.sampled_groups(scales.layer_groups(layers), scales.MOST_BLOCKS))
     with context.console.progress(groups, "ablation") as meter:
-        ablation = scales.ablation(models.qat, layers, blocks, meter.update)
+        ablation = scales.ablation(models.qat, layers, blocks[: scales.ABLATION_BLOCKS], meter.update)
     means = {
         key: sum(move[key] for move in moves.values()) / len(moves) for key in ("mean", "spread", "moved")
     }
@@ -223,6 +249,18 @@ def _codes_in(file: Path, layers: Mapping[str, QuantizedWeight]) -> dict[str, Te
     return {name: tensor.to(layers[name].weight.device) for name, tensor in codes.items()}
 
 
+@contextmanager
+def _steps(console: Console, total: int, description: str) -> Iterator[Callable[..., None]]:
+    """Progress of work in equal steps: the function that it gives counts one, whatever it is called with."""
+    with console.progress(total, description) as meter:
+        count = itertools.count(1)
+
+        def step(*_: object) -> None:
+            meter.update(next(count))
+
+        yield step
+
+
 def _weight_layers(model: PreTrainedModel) -> dict[str, QuantizedWeight]:
     return {name: layer for name, layer in quant_layers(model).items() if layer.weight_scheme is not None}
 
@@ -235,7 +273,7 @@ def _weight_row(
     history: Sequence[Tensor],
 ) -> dict[str, Any]:
     assert after.weight_scheme is not None
-    parts = ("near", "distance", "clipped", "levels_used", "entropy_bits", "kurtosis", "tail")
+    figures = ("near", "distance", "clipped", "levels_used", "entropy_bits", "kurtosis", "tail")
     return {
         "name": name,
         "bits": after.weight_scheme.bits,
@@ -244,7 +282,7 @@ def _weight_row(
         "error_after": of["qat"].error,
         "changed": weights.changed(before.codes(), after.codes()),
         "oscillating": weights.oscillating(history),
-        **{model: {part: getattr(fit, part) for part in parts} for model, fit in of.items()},
+        **{model: {figure: getattr(fit, figure) for figure in figures} for model, fit in of.items()},
     }
 
 

@@ -183,4 +183,9 @@ def _scales(part: Mapping[str, Any]) -> str:
             f"override for "
             f"*.{roles[0]['name']} in the recipe, or `qatapult search`."
         )
+    ablation = part["ablation"]
+    text += f" Each was switched off alone, on {ablation['tokens']:,} tokens"
+    if ablation["blocks_tried"] < ablation["blocks"]:
+        text += f"; tried were {ablation['blocks_tried']} of {ablation['blocks']} blocks, evenly spread"
+    text += "."
     return text

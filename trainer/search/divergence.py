@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, log_softmax
 from transformers import PreTrainedModel
 
-from qatapult.trainer.evaluate.perplexity import decoder
-from qatapult.trainer.quantize.ptq.calibration import decoder_blocks
+from qatapult.trainer.evaluate.blocks import hidden_from_block, keeping_inputs
+from qatapult.trainer.evaluate.perplexity import decoder, last_hidden
 from qatapult.trainer.search.switching import FULL_PRECISION, SwitchingLinear, SwitchingModel
 
 # Tokens whose logits are held at a time: for a vocabulary of 49,152, 12 MB in fp32, which caches hold.
@@ -64,16 +63,8 @@ class Divergence:
     def set_reference(self, choice: Sequence[int]) -> float:
         """Measure an assignment and keep what enters each block, for later measurements near it."""
         self.switching.set(choice)
-        self._entering = []
-        handles = [
-            block.register_forward_pre_hook(self._keep_input, with_kwargs=True)
-            for block in decoder_blocks(self.model)
-        ]
-        try:
+        with keeping_inputs(self.model) as self._entering:
             value = self._mean(self._hidden(0, None))
-        finally:
-            for handle in handles:
-                handle.remove()
         self.reference = list(choice)
         return value
 
@@ -106,13 +97,9 @@ class Divergence:
         return min(blocks, default=len(self._entering) - 1)
 
     def _hidden(self, start: int, entering: Tensor | None) -> Tensor:
-        body = decoder(self.model)
         if entering is None:
-            states = body(input_ids=self.text, use_cache=False).last_hidden_state
-        else:
-            with _from_block(self.model, start):
-                states = body(inputs_embeds=entering, use_cache=False).last_hidden_state
-        return states.flatten(0, 1)
+            return last_hidden(self.model, self.text).flatten(0, 1)
+        return hidden_from_block(self.model, start, entering).flatten(0, 1)
 
     def _summary(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Σ p w `[tokens, D]` and Σ p log p `[tokens]` of the teacher's last hidden states."""
@@ -141,22 +128,7 @@ class Divergence:
             total += float(self._divergences(rows, first).sum(dtype=torch.float64))
         return total / len(hidden)
 
-    def _keep_input(self, _: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Tensor]) -> None:
-        self._entering.append(inputs[0] if inputs else arguments["hidden_states"])
-
 
 def _head_dtype() -> torch.dtype:
     """The dtype of the head's product: bf16 where the processor multiplies it."""
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
-
-
-@contextmanager
-def _from_block(model: PreTrainedModel, start: int) -> Iterator[None]:
-    """Let the decoder begin at a block: its inputs are then that block's."""
-    body, blocks = decoder(model), decoder_blocks(model)
-    name = next(name for name, child in body.named_children() if child is blocks)
-    setattr(body, name, blocks[start:])
-    try:
-        yield
-    finally:
-        setattr(body, name, blocks)
