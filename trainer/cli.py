@@ -50,6 +50,8 @@ def main() -> None:
     """Entry point of the `qatapult` script and of `python -m qatapult.trainer`."""
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed sets its logger's level when it is imported, but keeps the filters.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to" not in record.msg)
     try:
         app()
     except UserError as error:
