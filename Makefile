@@ -40,6 +40,7 @@ $(VENV)/types/qatapult: $(VENV)/base.installed
 
 docs: $(VENV)/docs.installed $(VENV)/types/qatapult
 	$(BIN)/python docs/generate_reference.py
+	git diff --exit-code --stat -- docs/reference
 	$(BIN)/mkdocs build --strict
 
 format: $(VENV)/test.installed
