@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from qatapult.trainer.distill.student import Student
 from qatapult.trainer.distill.teacher import zero_stage
+from qatapult.trainer.loop.attention import compose_attention
 from qatapult.trainer.quantize.prepare import quant_layers
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Qat, Recipe
@@ -78,7 +79,8 @@ def micro_batches(recipe: Recipe, world_size: int) -> int:
 
 
 def configure_forward(model: PreTrainedModel, qat: Qat) -> None:
-    """Gradient checkpointing, and which products the quantized layers compute."""
+    """Gradient checkpointing, attention, and which products the quantized layers compute."""
+    compose_attention(model)
     if qat.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     modes: dict[bool | str, Literal["auto", "integer", "fake"]] = {
