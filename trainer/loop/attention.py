@@ -1,8 +1,8 @@
 """Attention of a training step on the CPU.
 
-torch's fused attention there is quick forward, but its backward in bf16 takes three to six times as long as the products that it
-stands for (9 heads of 64 on two Zen 4 cores: 29 ms a layer against 9 for 4 sequences of 256 tokens, 56 against 9 for one of 512), so
-short sequences are attended to by products and a softmax while gradients are needed.
+torch's fused attention there is quick forward, but its backward in bf16 takes three to six times as long as the
+products that it stands for (9 heads of 64 on two Zen 4 cores: 29 ms a layer against 9 for 4 sequences of 256 tokens,
+56 against 9 for one of 512), so short sequences are attended to by products and a softmax while gradients are needed.
 """
 
 from __future__ import annotations
