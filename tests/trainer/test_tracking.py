@@ -90,9 +90,8 @@ def items(record: Any) -> dict[str, Any]:
 
 def test_what_wandb_gets(make_run: Fixture, capfd: Fixture) -> None:
     run = make_run()
-    tracking = Tracking(
-        accelerator(), recipe_with("tracking.group=sweep-1", "tracking.tags=[w4a8, demo]"), run
-    )
+    changes = ("tracking.group=sweep-1", "tracking.tags=[w4a8, demo]", "tracking.upload_checkpoint=true")
+    tracking = Tracking(accelerator(), recipe_with(*changes), run)
     said = capfd.readouterr().err
     assert said.count("running offline") == 1
     assert "wandb sync" in said
@@ -104,6 +103,10 @@ def test_what_wandb_gets(make_run: Fixture, capfd: Fixture) -> None:
         "headline": "92 % came back",
         "metrics": {"perplexity": {"packed": 16.5, "ptq": None}},
     }
+    run.report_json.write_text("{}")
+    run.report_html.write_text("<html></html>")
+    run.export("safetensors").mkdir(parents=True)
+    (run.export("safetensors") / "model.safetensors").write_bytes(b"weights")
     tracking.finish(report)
 
     opened = of_kind(run, "run")[0]
@@ -135,7 +138,11 @@ def test_what_wandb_gets(make_run: Fixture, capfd: Fixture) -> None:
         artifact.type: [entry.path for entry in artifact.manifest.contents]
         for artifact in of_kind(run, "artifact")
     }
-    assert stored == {"recipe": ["recipe.yaml"]}  # no report.json here yet, and no checkpoint was asked for
+    assert stored == {
+        "recipe": ["recipe.yaml"],
+        "report": ["report.html", "report.json"],
+        "checkpoint": ["safetensors/model.safetensors"],
+    }
 
 
 def test_checkpoint_is_stored_if_asked_for(make_run: Fixture) -> None:

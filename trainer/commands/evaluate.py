@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qatapult.trainer.commands.recipe import QuietOption
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -39,6 +41,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder in which lm-eval keeps answers between calls.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for lm-eval's result files.")] = None,
+    quiet: QuietOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a model: held-out perplexity, lm-eval tasks, and which kernels really ran.
@@ -61,7 +64,7 @@ def evaluate(
     if names:
         find_tasks(names)
     loaded = models.load(model)
-    console = Console(as_json=as_json)
+    console = Console(quiet=quiet, as_json=as_json)
     options = TaskOptions(
         limit=limit,
         batch_size=batch_size,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from qatapult.trainer.commands.recipe import QuietOption
 from qatapult.trainer.commands.report import RunArgument, open_run
 from qatapult.trainer.recipe.errors import UserError
 
@@ -22,11 +23,13 @@ def insight(
     ] = None,
     blocks: Annotated[int, typer.Option(min=1, help="Held-out blocks to run the models on.")] = 4,
     rise: Annotated[float, typer.Option(min=0.001, help="Rise of perplexity that pruning may cost.")] = 0.05,
+    quiet: QuietOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print insight.json instead of sentences.")] = False,
 ) -> None:
     """Compare full precision, PTQ and QAT inside: weights on their grid, activations, importance, scales.
 
-    Writes insight.json into the run, and builds its report again with a chapter about it.
+    Writes insight.json into the run part by part, so that the same command goes on where it was stopped, and
+    builds its report again with a chapter about it.
 
     Example: qatapult insight runs/smollm2-135m-w4a8 --only weights
     """
@@ -41,7 +44,7 @@ def insight(
     if unknown:
         raise UserError(f"--only {unknown[0]!r} is not one of {', '.join(PARTS)}")
     parts = tuple(part for part in PARTS if not only or part in only)
-    context = open_context(folder, Console(as_json=as_json))
+    context = open_context(folder, Console(quiet=quiet, as_json=as_json))
     result = analyse(context, InsightSettings(parts, blocks, rise))
     page = write_report(folder)
     if as_json:

@@ -10,6 +10,7 @@ RecipeArgument = Annotated[str, typer.Argument(help="A YAML file, or the name of
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="Overrides, such as qat.tokens=100000.", metavar="[KEY=VALUE]...")
 ]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]
 
 
 def register(app: typer.Typer) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qatapult.trainer.commands.recipe import OverridesArgument, RecipeArgument
+from qatapult.trainer.commands.recipe import OverridesArgument, QuietOption, RecipeArgument
 
 
 def register(app: typer.Typer) -> None:
@@ -48,7 +48,7 @@ def search(
     folder: Annotated[
         Path | None, typer.Option(help="Where results and measurements go; searches/<recipe> by default.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")] = False,
+    quiet: QuietOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Decide the bits of every layer within a budget; the same command goes on where an earlier one stopped.

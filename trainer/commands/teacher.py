@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qatapult.trainer.commands.recipe import OverridesArgument, RecipeArgument
+from qatapult.trainer.commands.recipe import OverridesArgument, QuietOption, RecipeArgument
 
 
 def register(app: typer.Typer) -> None:
@@ -22,6 +22,7 @@ def cache(
     overrides: OverridesArgument = None,
     out: Annotated[Path, typer.Option(help="Folder of the cache.")] = Path("teacher-cache"),
     top_k: Annotated[int, typer.Option(min=1, help="Tokens kept at each position.")] = 64,
+    quiet: QuietOption = False,
 ) -> None:
     """Write the teacher's top-k logits of a recipe's training text; run again, it goes on where it stopped.
 
@@ -58,7 +59,7 @@ def cache(
         len(range(shard * layout.shard_blocks, min(layout.blocks, (shard + 1) * layout.shard_blocks)))
         for shard in range(state.process_index, layout.shards, state.num_processes)
     )
-    with Console().progress(own, "teacher") as meter:
+    with Console(quiet=quiet).progress(own, "teacher") as meter:
         write_cache(
             out,
             layout,
@@ -88,6 +89,7 @@ def write(
     documents: Annotated[int, typer.Option(min=1, help="Documents in the file.")] = 256,
     tokens: Annotated[int, typer.Option(min=2, help="Longest document.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Documents at a time.")] = 16,
+    quiet: QuietOption = False,
 ) -> None:
     """Let the full-precision model write training text, for a checkpoint whose data nobody has any more.
 
@@ -102,7 +104,7 @@ def write(
 
     loaded = load_recipe(recipe, overrides or [])
     teacher = load_model(loaded.model).to(PartialState().device)
-    with Console().progress(documents, "writing") as meter:
+    with Console(quiet=quiet).progress(documents, "writing") as meter:
         write_documents(
             teacher,
             load_tokenizer(loaded.model),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qatapult.trainer.commands.recipe import OverridesArgument, RecipeArgument
+from qatapult.trainer.commands.recipe import OverridesArgument, QuietOption, RecipeArgument
 
 
 def register(app: typer.Typer) -> None:
@@ -18,7 +18,7 @@ def train(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs"),
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")] = False,
+    quiet: QuietOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json at the end.")] = False,
 ) -> None:
     """Run a recipe from its baseline to its report; the same command goes on where an earlier one stopped.

@@ -58,6 +58,7 @@ INSIDE_PLOTS = {
 SAMPLE_COLUMNS = (
     ("full_precision", "Full precision"),
     ("ptq", "PTQ (round to nearest)"),
+    ("best_ptq", "Best PTQ"),
     ("qat", "QAT"),
     ("packed", "QAT, packed integers"),
 )

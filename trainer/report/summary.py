@@ -257,8 +257,13 @@ def _notes(metric: Mapping[str, Any], qat: Stage) -> list[str]:
 def _samples(stages: Mapping[str, Stage]) -> list[dict[str, Any]]:
     """Generated text side by side: one entry a prompt, `{"prompt", "full_precision", "ptq", …}`."""
     by_prompt: dict[str, dict[str, Any]] = {}
-    for stage, key in SAMPLED:
-        for sample in stages.get(stage, {}).get("samples") or []:
+    written = [(key, stages.get(stage, {}).get("samples")) for stage, key in SAMPLED]
+    methods: Mapping[str, Stage] = stages.get("ptq", {}).get("methods", {})
+    best = min(methods, key=lambda method: methods[method]["perplexity"], default="rtn")
+    if best != "rtn":
+        written.append(("best_ptq", methods[best].get("samples")))
+    for key, samples in written:
+        for sample in samples or []:
             by_prompt.setdefault(sample["prompt"], {"prompt": sample["prompt"]})[key] = sample["text"]
     return list(by_prompt.values())
 
