@@ -34,9 +34,12 @@ RECORDED = {("W4A8", "gptq"): 19.99, ("W4A16g64", "gptq"): 18.11}
 
 
 def grids(name: str, range_method: str) -> Quantization:
-    """`W4A8`, `W8A8`, `W4A16g64`, `W3A16g64a` (a: asymmetric) as the recipe's quantization."""
+    """`W4A8`, `W16A8`, `W4A16g64`, `W3A16g64a` (a: asymmetric) as the recipe's quantization; 16 is none."""
     weights, _, rest = name.removeprefix("W").partition("A")
     activations, _, group = rest.rstrip("a").partition("g")
+    inputs = None if activations == "16" else TensorScheme(bits=float(activations), granularity="token")
+    if weights == "16":
+        return Quantization(weights=None, activations=inputs)
     scheme = TensorScheme(
         bits=float(weights),
         granularity="group" if group else "channel",
@@ -44,7 +47,6 @@ def grids(name: str, range_method: str) -> Quantization:
         symmetric=not name.endswith("a"),
         range=range_method,
     )
-    inputs = None if activations == "16" else TensorScheme(bits=float(activations), granularity="token")
     return Quantization(weights=scheme, activations=inputs)
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_model as load_tensors
 from safetensors.torch import save_model
 from torch import nn
 
-from qatapult.trainer.models import load_model
+from qatapult.trainer.data.blocks import load_data
+from qatapult.trainer.models import load_model, load_tokenizer
 from qatapult.trainer.quantize.prepare import prepare, quant_layers
 from qatapult.trainer.quantize.ptq import awq, hadamard, smoothquant, spinquant
 from qatapult.trainer.quantize.ptq.calibration import decoder_blocks, full_precision
@@ -20,6 +21,7 @@ from qatapult.trainer.quantize.ptq.rotation import fold_norms, random_hadamard, 
 from qatapult.trainer.quantize.ptq.rotation import hadamard as hadamard_matrix
 from qatapult.trainer.recipe import schema
 from qatapult.trainer.recipe.errors import UserError
+from qatapult.trainer.recipe.loading import load_recipe
 
 Grid = schema.TensorScheme
 
@@ -171,3 +173,15 @@ def test_values_shared_by_query_heads_get_equal_factors() -> None:
 def test_blocks_of_another_kind_are_refused() -> None:
     with pytest.raises(UserError, match="use rtn or gptq"):
         list(folds_of(nn.TransformerEncoderLayer(16, 2)))
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_the_same_to_rounding_after_rotation() -> None:
+    pytest.importorskip("gguf")
+    recipe = load_recipe("smollm2-135m-w4a8", ["data.block_size=128"])
+    model = load_model(recipe.model)
+    ids = load_data(recipe, load_tokenizer(recipe.model)).held_out[:2]
+    before = logits(model, ids)
+    hadamard.rotate_randomly(model)
+    difference = (logits(model, ids) - before).norm() / before.norm()
+    assert float(difference) < 1e-5
