@@ -75,7 +75,7 @@ def test_evaluation_and_long_sequences_keep_the_fused_attention(monkeypatch: pyt
     with torch.no_grad():
         model(input_ids=IDS)
     assert calls == []
-    monkeypatch.setattr(attention, "_LONGEST", 23)
+    monkeypatch.setattr(attention, "LONGEST", 23)
     model(input_ids=IDS)
     assert calls == []
     model(input_ids=IDS[:, :23])

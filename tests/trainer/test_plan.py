@@ -220,10 +220,23 @@ def test_saved_bytes_are_those_that_autograd_saves(
     assert (one_block[64] - one_block[32]) / 32 == predicted
 
 
-def _saved_bytes(made: Recipe, layers: int, tokens: int, autocast: bool) -> int:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_saved_bytes_on_a_cpu_have_the_probabilities_of_attention(autocast: bool) -> None:
+    """Of one length: they grow with its square."""
+    precision = "bf16" if autocast else "fp32"
+    made = recipe("tiny", precision=precision, integer_forward=True)
+    made = made.model_copy(update={"data": made.data.model_copy(update={"block_size": 64})})
+    setting = Setting("single", "none", False, 1, "none")
+    predicted = saved_bytes_per_token(made, shape_of(made.model), parse_cluster("1xCPU"), setting)
+    three, two = (_saved_bytes(made, layers, 64, autocast, composed=True) for layers in (3, 2))
+    assert three - two == pytest.approx(64 * predicted, rel=0.03)  # scales and the like are not counted
+
+
+def _saved_bytes(made: Recipe, layers: int, tokens: int, autocast: bool, composed: bool = False) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from qatapult.trainer.loop.attention import compose_attention
     from qatapult.trainer.loop.optimizer import select_trainable
     from qatapult.trainer.quantize.prepare import prepare, quant_layers
     from qatapult.trainer.shapes import RANDOM_SHAPES
@@ -232,6 +245,8 @@ def _saved_bytes(made: Recipe, layers: int, tokens: int, autocast: bool) -> int:
     model = AutoModelForCausalLM.from_config(config)
     prepare(model, made.quantization)
     select_trainable(model, "linears")
+    if composed:
+        compose_attention(model)
     for layer in quant_layers(model).values():
         layer.integer_forward = "integer" if made.qat.integer_forward else "fake"
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}

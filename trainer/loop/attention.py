@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 _NAME = "qatapult_composed"
-# Probabilities are kept for the backward pass: beyond this the square of the length costs too much memory.
-_LONGEST = 512
+#: Probabilities are kept for the backward pass: beyond this many tokens their square costs too much memory.
+LONGEST = 512
 
 
 def compose_attention(model: nn.Module) -> None:
@@ -75,7 +75,7 @@ def _attention(
     length, size = query.shape[2:]
     trains = torch.is_grad_enabled() and query.requires_grad
     causal = attention_mask is None and key.shape[2] == length and getattr(module, "is_causal", True)
-    if not (trains and causal and length <= _LONGEST) or dropout:
+    if not (trains and causal and length <= LONGEST) or dropout:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )

@@ -173,8 +173,21 @@ def saved_bytes_per_token(recipe: Recipe, shape: ModelShape, cluster: Cluster, s
         inputs = 5 * h + f  # every linear's own cast of the fp32 norm; attention's output is not cast
     else:
         inputs = 2 * h + f
-    attention = 2 * q + 2 * kv  # rotated queries and keys, values, output
-    return norms + c * (inputs + attention + 3 * f) + FP32 * (shape.heads + 2)
+    attention = c * (2 * q + 2 * kv)  # rotated queries and keys, values, output
+    if composes_attention(recipe, cluster):
+        attention += c * shape.heads * recipe.data.block_size  # probabilities
+    else:
+        attention += FP32 * shape.heads  # their normalizers
+    return norms + attention + c * (inputs + 3 * f) + 2 * FP32
+
+
+def composes_attention(recipe: Recipe, cluster: Cluster) -> bool:
+    """Whether training attends by products, as on CPUs up to some length, and keeps the probabilities."""
+    if not cluster.gpu.is_cpu:
+        return False
+    from qatapult.trainer.loop.attention import LONGEST
+
+    return recipe.data.block_size <= LONGEST
 
 
 def keeps_quantized_values(recipe: Recipe, cluster: Cluster) -> bool:
