@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from qatapult.trainer.console import Console
 from qatapult.trainer.data.blocks import TokenizedData
 from qatapult.trainer.distill.teacher import Teacher
-from qatapult.trainer.loop.engine import blocks_per_step
 from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.training import Trainer
 from qatapult.trainer.plan.model_shape import ModelShape
 from qatapult.trainer.recipe.schema import Recipe
+from qatapult.trainer.recipe.steps import blocks_per_step
 from qatapult.trainer.shapes import RANDOM_SHAPES
 
 #: Dense bf16 of an H100 SXM or H200 by NVIDIA's datasheet, operations a second.

@@ -20,7 +20,7 @@ from qatapult.trainer.recipe.schema import Recipe
 
 def small(*overrides: str) -> tuple[Recipe, nn.Module, nn.Module, torch.Tensor]:
     """A recipe, its full-precision model, the prepared one, and text."""
-    recipe = load_recipe("tiny-random-w4a8", ["quantization.weights.bits=2", *overrides])
+    recipe = load_recipe("tiny-random-w4a8", ["quantization.weights.bits=2", "export=[]", *overrides])
     teacher = load_model(recipe.model)
     model = prepare(copy.deepcopy(teacher), recipe.quantization)
     ids = torch.randint(0, teacher.config.vocab_size, (8, 64), generator=torch.Generator().manual_seed(1))

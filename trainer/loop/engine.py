@@ -18,6 +18,7 @@ from qatapult.trainer.loop.attention import compose_attention
 from qatapult.trainer.quantize.prepare import quant_layers
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Qat, Recipe
+from qatapult.trainer.recipe.steps import blocks_per_step
 
 # The main process alone measures baselines and calibrates; the others wait for it.
 _LONGEST_WAIT = timedelta(hours=12)
@@ -27,8 +28,10 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     """Build the Accelerator for the environment that the launcher left.
 
     Raises:
-        UserError: if the number of processes is not what the launcher promised.
+        UserError: if the number of processes is not what the launcher promised, or for fp16 without a GPU.
     """
+    if recipe.qat.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("qat.precision 'fp16' needs a GPU; use auto, bf16 or fp32")
     backend = None if torch.cuda.is_available() else "gloo"
     handlers = [InitProcessGroupKwargs(backend=backend, timeout=_LONGEST_WAIT)]
     if _distributed():
@@ -63,13 +66,6 @@ def multiplies_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def blocks_per_step(recipe: Recipe) -> int:
-    """Blocks of one optimizer step, all processes together."""
-    if recipe.qat.global_batch_tokens is None:
-        return recipe.qat.batch_size
-    return max(1, round(recipe.qat.global_batch_tokens / recipe.data.block_size))
 
 
 def micro_batches(recipe: Recipe, world_size: int) -> int:

@@ -34,6 +34,16 @@ def apply_schedule(model: nn.Module, qat: Qat, progress: float, current_phase: i
     return phase
 
 
+def on_deployed_grid(qat: Qat, progress: float) -> bool:
+    """Whether everything is quantized as it will be served: before that, no perplexity counts as the best."""
+    schedule = qat.schedule
+    phase = phase_at(qat, progress)
+    return progress >= max(schedule.weights_start, schedule.activations_start) and phase in (
+        None,
+        len(schedule.phases) - 1,
+    )
+
+
 @torch.no_grad()
 def _enter_phase(layer: QuantizedWeight, qat: Qat, phase: int, rescale: bool) -> None:
     """Lay a layer on a phase's grid; scales are chosen anew from its weights when the phase begins."""

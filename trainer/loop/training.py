@@ -26,7 +26,6 @@ from qatapult.trainer.loop.checkpoint import (
     save_checkpoint,
 )
 from qatapult.trainer.loop.engine import (
-    blocks_per_step,
     configure_forward,
     gradient_norm,
     local_tensors,
@@ -36,11 +35,12 @@ from qatapult.trainer.loop.engine import (
 from qatapult.trainer.loop.interrupt import Interrupted, InterruptFlag
 from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.optimizer import build_optimizer, grid_scales, select_trainable
-from qatapult.trainer.loop.quantization_schedule import apply_schedule
+from qatapult.trainer.loop.quantization_schedule import apply_schedule, on_deployed_grid
 from qatapult.trainer.loop.schedules import rate_factor
 from qatapult.trainer.loop.watchdog import Watchdog
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Recipe
+from qatapult.trainer.recipe.steps import blocks_per_step, optimizer_steps, tokens_per_step
 
 _EVALUATION_BATCH = 4
 
@@ -104,8 +104,8 @@ class Trainer:
             seed=recipe.seed,
             shuffle=recipe.data.shuffle,
         )
-        self.tokens_per_step = self.plan.blocks_per_step * recipe.data.block_size
-        self.steps = max(1, -(-self.qat.tokens // self.tokens_per_step))
+        self.tokens_per_step = tokens_per_step(recipe)
+        self.steps = optimizer_steps(recipe)
         select_trainable(model, self.qat.trainable)
         configure_forward(model, self.qat)
         if self.qat.gradient_checkpointing:
@@ -312,7 +312,10 @@ class Trainer:
         value = self.evaluate().value
         state = self.state
         state.curve.append({"tokens": state.tokens, "step": state.step, "perplexity": value})
-        if state.best_perplexity is None or value < state.best_perplexity:
+        # The model was measured on the grids of its last step.
+        if not on_deployed_grid(self.qat, (state.step - 1) / self.steps):
+            pass
+        elif state.best_perplexity is None or value < state.best_perplexity:
             state.best_perplexity, state.best_step, state.evaluations_since_best = value, state.step, 0
         else:
             state.evaluations_since_best += 1

@@ -18,7 +18,7 @@ import torch
 from qatapult.trainer.console import Console
 from qatapult.trainer.data.blocks import TokenizedData
 from qatapult.trainer.distill.teacher import InProcessTeacher
-from qatapult.trainer.loop.engine import blocks_per_step, create_accelerator, multiplies_bf16
+from qatapult.trainer.loop.engine import create_accelerator, multiplies_bf16
 from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.training import Trainer
 from qatapult.trainer.measure import CostMeter, peak_memory
@@ -26,6 +26,7 @@ from qatapult.trainer.models import load_config, load_model
 from qatapult.trainer.quantize.prepare import prepare
 from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.recipe.schema import Recipe
+from qatapult.trainer.recipe.steps import blocks_per_step
 from qatapult.trainer.run_folder import write_json
 
 #: Steps before the measured ones: compilation, first allocations, optimizer states.

@@ -75,6 +75,8 @@ def check_compressed_tensors(weights: Scheme | None, activations: Scheme | None)
         return
     if activations.bits != 8 or activations.granularity != "token" or not activations.symmetric:
         raise ValueError(f"inputs of {activations.describe()}; use int8 token, or none")
+    if activations.range_method != "minmax":
+        raise ValueError(f"inputs with range '{activations.range_method}'; runtimes take 'minmax'")
     if weights.bits == 8 and weights.granularity != "channel":
         raise ValueError(f"{given} with int8 inputs; use granularity channel")
 
@@ -98,6 +100,20 @@ def check_torchao(weights: Scheme | None, activations: Scheme | None) -> None:
         raise ValueError(
             f"inputs of {activations.describe()}; torchao quantizes inputs of such weights asymmetrically, "
             "which is another grid: use none, or deployment 'compressed-tensors'"
+        )
+
+
+def check_some_gguf(weights: Scheme | None, activations: Scheme | None) -> None:
+    """Refuse grids that no GGUF type stores exactly.
+
+    Raises:
+        ValueError: naming what would be right.
+    """
+    if weights is None or activations is not None or gguf_type(weights) is None:
+        given = "full precision" if weights is None else weights.describe()
+        inputs = "" if activations is None else f" and inputs of {activations.describe()}"
+        raise ValueError(
+            f"weights of {given}{inputs}; set quantization.deployment to one of {', '.join(GGUF_GRIDS)}"
         )
 
 

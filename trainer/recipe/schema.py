@@ -14,15 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from qatapult.kernels.scheme import Granularity, Grid, RangeMethod, ScaleDtype, Scheme
 from qatapult.trainer.recipe import deployment as formats
 from qatapult.trainer.recipe.combinations import check_combination
+from qatapult.trainer.recipe.grid_rules import check_input_grid, check_kv_cache_grid, check_weight_grid
 
 Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """Base of every part of the recipe: unknown fields are refused and values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -186,17 +189,23 @@ class Quantization(Section):
 
     @model_validator(mode="after")
     def _sensible(self) -> Quantization:
-        if self.weights is not None and self.weights.granularity == "token":
-            raise ValueError("weights.granularity 'token' is for activations; use 'channel' or 'group'")
-        if self.activations is not None:
-            if self.activations.granularity not in ("token", "tensor"):
-                raise ValueError(
-                    f"activations.granularity '{self.activations.granularity}' is for weights; use 'token'"
-                )
-            if self.activations.bits < 4:
-                raise ValueError(f"activations.bits {self.activations.bits:g} is not supported; use 8 or 4")
-        if self.kv_cache is not None and self.kv_cache.granularity != "token":
-            raise ValueError(f"kv_cache.granularity '{self.kv_cache.granularity}' must be 'token'")
+        overridden = [override.weights for override in self.overrides]
+        for name, grid in (
+            ("weights", self.weights),
+            ("embeddings", self.embeddings),
+            *(("overrides.weights", grid) for grid in overridden),
+        ):
+            if grid is not None:
+                check_weight_grid(name, grid)
+        inputs = [o.activations for o in self.overrides if isinstance(o.activations, TensorScheme)]
+        for name, grid in (
+            ("activations", self.activations),
+            *(("overrides.activations", g) for g in inputs),
+        ):
+            if grid is not None:
+                check_input_grid(name, grid)
+        if self.kv_cache is not None:
+            check_kv_cache_grid(self.kv_cache)
         formats.check(
             self.deployment,
             self.weights.scheme if self.weights else None,
@@ -305,6 +314,12 @@ class Phase(Section):
     weights: TensorScheme = Field(description="The weights' grid in this phase.")
     fraction: float = Field(gt=0, le=1, description="Share of the run's tokens.")
 
+    @field_validator("weights")
+    @classmethod
+    def _is_for_weights(cls, value: TensorScheme) -> TensorScheme:
+        check_weight_grid("weights", value)
+        return value
+
 
 class Schedule(Section):
     """When what is quantized."""
@@ -328,13 +343,13 @@ class Schedule(Section):
 class Optimizer(Section):
     """AdamW, with a learning rate of its own for scales."""
 
-    learning_rate: float | Literal["auto"] = Field(
+    learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto", description="Peak rate of the weights; `auto` scales with bits and with the number of steps."
     )
-    scale_learning_rate: float | Literal["auto"] = Field(
+    scale_learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto", description="Peak rate of scales and zero points, relative to each scale's size."
     )
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's decay rates.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.95), description="AdamW's decay rates.")
     weight_decay: float = Field(
         0.0, ge=0, description="Decoupled weight decay of the weights; scales have none."
     )
