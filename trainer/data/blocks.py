@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from qatapult.trainer.data.documents import check_source, read_documents, split_documents
+from qatapult.trainer.data.documents import check_source
+from qatapult.trainer.data.packing import Blocks, MixedBlocks, PackedBlocks
+from qatapult.trainer.data.streams import Documents, gather
+from qatapult.trainer.models import cache_folder
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Data, DataSource, Recipe
 
@@ -20,21 +24,24 @@ class TokenizedData:
     """Everything a run reads.
 
     Attributes:
-        train: token ids, int64 `[blocks, block_size]`.
+        train: token ids, int64 `[blocks, block_size]` when indexed; on disk until then.
         held_out: token ids, int64 `[blocks, block_size]`.
         held_out_documents: index of the document of each held-out token, int64, the shape of `held_out`.
     """
 
-    train: Tensor
+    train: Blocks
     held_out: Tensor
     held_out_documents: Tensor
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the tokens, by which caches recognise their data."""
-        digest = hashlib.sha256()
-        for part in (self.train, self.held_out):
-            digest.update(part.numpy().tobytes())
+        """Hash of the text, by which caches recognise their data."""
+        digest = hashlib.sha256(f"{tuple(self.train.shape)}".encode())
+        if isinstance(self.train, MixedBlocks):
+            digest.update(self.train.digest())
+        else:
+            digest.update(self.train[:].numpy().tobytes())
+        digest.update(self.held_out.numpy().tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -49,85 +56,69 @@ def check_data(data: Data) -> None:
 
 
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> TokenizedData:
-    """Read, split, tokenize and pack the recipe's text.
+    """Tokenize the recipe's text where that is not done yet, split it, and pack it.
 
     Raises:
-        UserError: if a source is missing or empty, or shorter than one block.
+        UserError: if a source is missing or empty, or shorter than one block; if the cache cannot be written.
     """
     data = recipe.data
     if data.train[0].kind == "random":
         return _random_tokens(recipe, len(tokenizer))
-    skip = data.on_broken_shard == "skip"
-    own_held_out = None if data.held_out is None else list(read_documents(data.held_out, skip))
-    parts: list[Tensor] = []
-    held_out_texts: list[str] = own_held_out or []
-    for source in data.train:
-        documents = read_documents(source, skip)
-        if source.streaming:
-            documents = _until_enough(documents, tokenizer, _tokens_needed(recipe, source))
-        if own_held_out is None:
-            train, held_out = split_documents(documents, data.held_out_every)
-            held_out_texts += held_out
-        else:
-            secret = set(own_held_out)
-            train = [text for text in documents if text not in secret]
-        parts.append(_pack(train, tokenizer, data.block_size, "training")[0])
-    train_blocks = _mix(parts, [source.weight for source in data.train])
-    held_out_blocks, owners = _pack(held_out_texts, tokenizer, data.block_size, "held-out")
-    if data.fraction < 1:
-        train_blocks = train_blocks[: max(1, round(len(train_blocks) * data.fraction))]
-    limit = data.evaluation_blocks
-    return TokenizedData(train_blocks, held_out_blocks[:limit], owners[:limit])
+    cache, skip = cache_folder() / "tokens", data.on_broken_shard == "skip"
+    try:
+        read = [gather(s, tokenizer, cache, _tokens_needed(recipe, s), skip) for s in data.train]
+        own = None
+        if data.held_out is not None:
+            own = gather(data.held_out, tokenizer, cache, data.evaluation_blocks * data.block_size, skip)
+    except OSError as error:
+        raise UserError(f"data: {cache} cannot be used ({error}); set $QATAPULT_CACHE to a folder") from None
+    train, held_out = _split(read, own, data.held_out_every)
+    packed = [
+        PackedBlocks(documents.mixed(source.shuffle_buffer), data.block_size, "training")
+        for documents, source in zip(train, data.train, strict=True)
+    ]
+    blocks = MixedBlocks(packed, [source.weight for source in data.train], data.fraction)
+    return TokenizedData(blocks, *_held_out_blocks(held_out, data))
 
 
-def _mix(parts: list[Tensor], weights: list[float]) -> Tensor:
-    """As many blocks of each source as its weight asks for, without repeating any."""
-    if len(parts) == 1:
-        return parts[0]
-    whole = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
-    counts = [max(1, round(whole * weight)) for weight in weights]
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+def _split(
+    read: list[Documents], own: Documents | None, every: int
+) -> tuple[list[Documents], list[Documents]]:
+    """Training and held-out documents of each source; see `documents.split_documents`."""
+    if own is None:
+        held_out = [documents.select(documents.place % every == 0) for documents in read]
+        read = [documents.select(documents.place % every != 0) for documents in read]
+    else:
+        held_out = [own]
+    secret = np.concatenate([documents.hash for documents in held_out])
+    return [documents.select(~np.isin(documents.hash, secret)) for documents in read], held_out
 
 
-def _tokens_needed(recipe: Recipe, source: DataSource) -> int:
+def _held_out_blocks(held_out: list[Documents], data: Data) -> tuple[Tensor, Tensor]:
+    """The first held-out blocks, all sources end to end, and their tokens' documents."""
+    files = tuple(file for documents in held_out for file in documents.files)
+    first = np.cumsum([0, *(len(documents.files) for documents in held_out)])
+    parts = [
+        (documents.file + offset, documents.begin, documents.length, documents.hash, documents.place)
+        for documents, offset in zip(held_out, first, strict=False)
+    ]
+    together = Documents(files, *(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    packed = PackedBlocks(together, data.block_size, "held-out")
+    count = min(len(packed), data.evaluation_blocks)
+    return packed[:count], packed.owners(count)
+
+
+def _tokens_needed(recipe: Recipe, source: DataSource) -> float:
     """Tokens of a stream that the run will read: it need not end."""
+    if not source.streaming:
+        return math.inf
     share = source.weight / sum(other.weight for other in recipe.data.train)
     calibration = recipe.ptq.calibration.blocks * recipe.data.block_size
+    longest = max(recipe.qat.tokens, recipe.qat.blockwise_tokens, calibration)
     held_out = 1.0
     if recipe.data.held_out is None:
         held_out = recipe.data.held_out_every / (recipe.data.held_out_every - 1)
-    return int((max(recipe.qat.tokens, calibration) * share + recipe.data.block_size) * held_out)
-
-
-def _until_enough(documents: Iterator[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[str]:
-    """Read a stream until it has given so many tokens."""
-    for document in documents:
-        yield document
-        tokens -= len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]) + 1
-        if tokens <= 0:
-            return
-
-
-def _pack(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, block_size: int, role: str
-) -> tuple[Tensor, Tensor]:
-    """Concatenate documents, each closed by the end-of-text token, and cut the stream into whole blocks."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens: list[int] = []
-    owners: list[int] = []
-    if texts:
-        for index, ids in enumerate(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]):
-            tokens += [*ids, *end]
-            owners += [index] * (len(ids) + len(end))
-    blocks = len(tokens) // block_size
-    if blocks == 0:
-        raise UserError(
-            f"data: the {role} text has {len(tokens)} tokens, less than one block of {block_size}; "
-            "give more text or set a smaller data.block_size"
-        )
-    length = blocks * block_size
-    shape = (blocks, block_size)
-    return torch.tensor(tokens[:length]).view(shape), torch.tensor(owners[:length]).view(shape)
+    return int((longest / recipe.data.fraction * share + recipe.data.block_size) * held_out)
 
 
 def _random_tokens(recipe: Recipe, vocabulary: int) -> TokenizedData:

@@ -1,43 +1,93 @@
-"""Documents: where text comes from, and the split into train and held-out by document."""
+"""Documents: where text comes from, shard by shard, and the split into train and held-out by document.
+
+A shard is what can be read by itself: a file, or one of the pieces that a streamed hub data set comes in. Its
+documents always come in the same order, so a position in it is a number of documents.
+"""
 
 from __future__ import annotations
 
 import glob
+import gzip
+import hashlib
 import json
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import IO, Any
 
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import DataSource
 
+_SUFFIXES = {
+    "text": (".txt", ".md"),
+    "jsonl": (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
+    "parquet": (".parquet",),
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a source.
+
+    Attributes:
+        name: what people know it by.
+        identity: tells whether the text can have changed: path, size and time of a file, version of a data set.
+        read: documents from a position on, empty ones included; raises `UserError` where the shard is broken.
+    """
+
+    name: str
+    identity: str
+    read: Callable[[int], Iterator[str]]
+
+
+def shards_of(source: DataSource) -> list[Shard]:
+    """The shards of a source, in its own order.
+
+    Raises:
+        UserError: if there are none, or a hub data set cannot be loaded.
+    """
+    if source.kind == "cpython_docs":
+        return [_cpython_docs()]
+    if source.kind == "hub":
+        return _hub(source)
+    readers = {"text": _text_file, "jsonl": _jsonl_file, "parquet": _parquet_file}
+    read = readers[source.kind]
+    return [_file_shard(file, source, read) for file in _files(source)]
+
 
 def read_documents(source: DataSource, skip_broken: bool = False) -> Iterator[str]:
-    """Yield the documents of a source in its own order.
+    """Yield the documents of a source in its own order, without empty ones.
 
     Args:
         source: where they come from.
-        skip_broken: leave out the rest of a file that cannot be read, with a warning, instead of stopping.
+        skip_broken: leave out the rest of a shard that cannot be read, with a warning, instead of stopping.
 
     Raises:
         UserError: if the source is missing or empty, or a shard cannot be read.
     """
-    readers = {
-        "cpython_docs": _cpython_docs,
-        "text": _text_files,
-        "jsonl": _jsonl,
-        "parquet": _data_set,
-        "hub": _data_set,
-    }
     count = 0
-    for document in readers[source.kind](source, skip_broken):
-        if document.strip():
-            count += 1
-            yield document
-        if count == source.documents:
-            return
+    for shard in shards_of(source):
+        try:
+            for document in shard.read(0):
+                if document.strip():
+                    count += 1
+                    yield document
+                if count == source.documents:
+                    return
+        except UserError as error:
+            if not skip_broken:
+                raise
+            warn_of_broken(str(error))
     if count == 0:
         raise UserError(f"data: source {source.path or source.kind!r} has no text in it")
+
+
+def warn_of_broken(error: str) -> None:
+    """Name a shard the rest of which is left out."""
+    warnings.warn(f"{error}; the rest of this shard is left out", RuntimeWarning, stacklevel=2)
 
 
 def split_documents(documents: Iterable[str], every: int) -> tuple[list[str], list[str]]:
@@ -63,28 +113,27 @@ def check_source(source: DataSource) -> None:
     Raises:
         UserError: naming the path.
     """
-    if source.kind not in ("text", "jsonl", "parquet"):
+    if source.kind not in _SUFFIXES:
         return
     for file in _files(source):
         if file.stat().st_size == 0:
             raise UserError(f"data: file {str(file)!r} is empty")
 
 
-def _cpython_docs(source: DataSource, skip_broken: bool) -> Iterator[str]:
+def _cpython_docs() -> Shard:
     from pydoc_data.topics import topics
 
-    for name in sorted(topics):
-        yield topics[name]
+    texts = [topics[name] for name in sorted(topics)]
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    return Shard("cpython_docs", f"cpython_docs:{digest}", lambda start: iter(texts[start:]))
 
 
 def _files(source: DataSource) -> list[Path]:
     assert source.path is not None
     path = Path(source.path).expanduser()
     if path.is_dir():
-        suffixes = {"text": (".txt", ".md"), "jsonl": (".jsonl", ".json"), "parquet": (".parquet",)}[
-            source.kind
-        ]
-        files = sorted(file for file in path.rglob("*") if file.suffix in suffixes)
+        suffixes = _SUFFIXES[source.kind]
+        files = sorted(file for file in path.rglob("*") if file.name.endswith(suffixes) and file.is_file())
     else:
         files = [Path(name) for name in sorted(glob.glob(str(path)))]
     if not files:
@@ -92,20 +141,14 @@ def _files(source: DataSource) -> list[Path]:
     return files
 
 
-def _text_files(source: DataSource, skip_broken: bool) -> Iterator[str]:
-    yield from _each_file(source, _text_file, skip_broken)
-
-
-def _each_file(
-    source: DataSource, read: Callable[[Path, DataSource], Iterator[str]], skip_broken: bool
-) -> Iterator[str]:
-    for file in _files(source):
-        try:
-            yield from read(file, source)
-        except UserError as error:
-            if not skip_broken:
-                raise
-            warnings.warn(f"{error}; the rest of this file is left out", RuntimeWarning, stacklevel=2)
+def _file_shard(file: Path, source: DataSource, read: Callable[[Path, DataSource], Iterator[str]]) -> Shard:
+    stat = file.stat()
+    form = f"{source.kind}:{source.field}:{source.separator!r}"
+    return Shard(
+        str(file),
+        f"{form}:{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}",
+        lambda start: islice(read(file, source), start, None),
+    )
 
 
 def _text_file(file: Path, source: DataSource) -> Iterator[str]:
@@ -122,20 +165,38 @@ def _split_text(text: str, separator: str | None) -> Iterable[str]:
     return text.split("\n\n")
 
 
-def _jsonl(source: DataSource, skip_broken: bool) -> Iterator[str]:
-    yield from _each_file(source, _jsonl_file, skip_broken)
-
-
 def _jsonl_file(file: Path, source: DataSource) -> Iterator[str]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                raise UserError(f"data: {file}:{number} is not a JSON object") from None
-            yield _text_field(row, source.field, f"{file}:{number}")
+    try:
+        with _open_text(file) as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:
+                    raise UserError(f"data: {file}:{number} is not a JSON object") from None
+                yield _text_field(row, source.field, f"{file}:{number}")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"data: {str(file)!r} cannot be read as UTF-8 JSON lines: {error}") from None
+
+
+def _open_text(file: Path) -> IO[str]:
+    return gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
+
+
+def _parquet_file(file: Path, source: DataSource) -> Iterator[str]:
+    """Row group by row group, the text column alone."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(file) as table:
+            if source.field not in table.schema_arrow.names:
+                _text_field(dict.fromkeys(table.schema_arrow.names), source.field, str(file))
+            for batch in table.iter_batches(columns=[source.field]):
+                yield from map(str, batch.column(0).to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"data: {str(file)!r} is not a whole Parquet file: {_first_line(error)}") from None
 
 
 def _text_field(row: object, field: str, where: str) -> str:
@@ -145,43 +206,38 @@ def _text_field(row: object, field: str, where: str) -> str:
     return str(row[field])
 
 
-def _data_set(source: DataSource, skip_broken: bool) -> Iterator[str]:
-    """Parquet shards and hub data sets, through the `datasets` library."""
+def _hub(source: DataSource) -> list[Shard]:
+    """A hub data set, through the `datasets` library: downloaded whole, or streamed piece by piece."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        if source.kind == "parquet":
-            files = [str(file) for file in _files(source) if _is_parquet(file, skip_broken)]
-            rows = datasets.load_dataset(
-                "parquet", data_files=files, split="train", streaming=source.streaming
-            )
-        else:
-            rows = datasets.load_dataset(
-                str(source.path), source.subset, split=source.split, streaming=source.streaming
-            )
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"data: {source.path!r} cannot be loaded: {str(error).splitlines()[0][:200]}"
-        ) from None
-    for number, row in enumerate(rows):
-        yield _text_field(row, source.field, f"{source.path}[{number}]")
-
-
-def _is_parquet(file: Path, skip_broken: bool) -> bool:
-    """Whether a shard has a readable footer; a broken one is refused, or skipped with a warning."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError):
-        if not skip_broken:
-            raise UserError(f"data: {str(file)!r} is not a whole Parquet file") from None
-        warnings.warn(
-            f"data: {str(file)!r} is not a whole Parquet file; it is left out", RuntimeWarning, stacklevel=2
+        version = datasets.load_dataset_builder(str(source.path), source.subset).cache_dir
+        rows = datasets.load_dataset(
+            str(source.path), source.subset, split=source.split, streaming=source.streaming
         )
-        return False
-    return True
+    except Exception as error:
+        raise UserError(f"data: {source.path!r} cannot be loaded: {_first_line(error)}") from None
+    pieces = rows.num_shards if source.streaming else 1
+    return [_hub_shard(source, rows, version, piece, pieces) for piece in range(pieces)]
+
+
+def _hub_shard(source: DataSource, rows: Any, version: str, piece: int, pieces: int) -> Shard:
+    name = f"{source.path}[{source.split}]" + (f" piece {piece + 1}/{pieces}" if pieces > 1 else "")
+
+    def read(start: int) -> Iterator[str]:
+        part = rows.shard(num_shards=pieces, index=piece) if pieces > 1 else rows
+        try:
+            for number, row in enumerate(part.skip(start), start):
+                yield _text_field(row, source.field, f"{name}, row {number}")
+        except UserError:
+            raise
+        except Exception as error:
+            # Whatever a reader or the network raises: the library has no common base of its errors.
+            raise UserError(f"data: {name} cannot be read: {_first_line(error)}") from None
+
+    return Shard(name, f"hub:{version}:{source.split}:{source.field}:{piece}/{pieces}", read)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

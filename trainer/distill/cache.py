@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qatapult.trainer.data.packing import Blocks
 from qatapult.trainer.distill.student import TeacherSignal
 from qatapult.trainer.evaluate.perplexity import last_hidden
 from qatapult.trainer.recipe.errors import UserError
@@ -71,7 +72,7 @@ def write_cache(
     folder: Path,
     layout: CacheFormat,
     teacher: PreTrainedModel,
-    blocks: Tensor,
+    blocks: Blocks,
     rank: int = 0,
     world_size: int = 1,
     batch_size: int = 4,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from transformers import PreTrainedModel
 
+from qatapult.trainer.data.packing import Blocks
 from qatapult.trainer.loop.optimizer import build_optimizer
 from qatapult.trainer.loop.schedules import rate_factor
 from qatapult.trainer.quantize.prepare import quant_layers
@@ -31,7 +32,7 @@ from qatapult.trainer.recipe.schema import Recipe
 def train_blockwise(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
-    train: Tensor,
+    train: Blocks,
     recipe: Recipe,
     say: Callable[[str], None],
 ) -> list[tuple[float, float]]:

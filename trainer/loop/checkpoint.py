@@ -37,6 +37,8 @@ class TrainerState:
         rate_factor: what rollbacks have left of the learning rate.
         peak_rates: peak learning rate of each parameter group.
         phase: index of the progressive phase.
+        step_seconds: time of all steps.
+        loader_seconds: what of it went by waiting for data.
     """
 
     step: int = 0
@@ -50,6 +52,8 @@ class TrainerState:
     rate_factor: float = 1.0
     peak_rates: list[float] = field(default_factory=list)
     phase: int | None = None
+    step_seconds: float = 0.0
+    loader_seconds: float = 0.0
 
 
 def save_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from qatapult.trainer.console import Console
 from qatapult.trainer.data.blocks import TokenizedData
+from qatapult.trainer.distill.cache import CachedTeacher
 from qatapult.trainer.distill.student import LossParts, Student
 from qatapult.trainer.distill.teacher import Teacher
 from qatapult.trainer.evaluate.perplexity import Perplexity, perplexity
@@ -33,6 +35,7 @@ from qatapult.trainer.loop.engine import (
     steps_inside_backward,
 )
 from qatapult.trainer.loop.interrupt import Interrupted, InterruptFlag
+from qatapult.trainer.loop.loader import Loader
 from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.optimizer import build_optimizer, grid_scales, select_trainable
 from qatapult.trainer.loop.quantization_schedule import apply_schedule, on_deployed_grid
@@ -104,6 +107,8 @@ class Trainer:
             seed=recipe.seed,
             shuffle=recipe.data.shuffle,
         )
+        cached = teacher.signal if isinstance(teacher, CachedTeacher) else None
+        self.loader = Loader(self.plan, data.train, accelerator.device, cached)
         self.tokens_per_step = tokens_per_step(recipe)
         self.steps = optimizer_steps(recipe)
         select_trainable(model, self.qat.trainable)
@@ -130,12 +135,15 @@ class Trainer:
             InterruptFlag() as flag,
             Watchdog(self.qat.guards.hang_timeout, self.plan.rank) as watchdog,
             self.console.progress(self.steps * self.tokens_per_step, "qat") as meter,
+            closing(self.loader),
         ):
             while self.state.step < self.steps and not self._stop_early():
                 watchdog.beat()
                 started = time.perf_counter()
                 result = self._step()
                 seconds = time.perf_counter() - started
+                self.state.loader_seconds += result.loader_seconds
+                self.state.step_seconds += seconds
                 if not self._accept(result):
                     continue
                 self._log_step(result, seconds)
@@ -182,16 +190,16 @@ class Trainer:
         self.student.train()
         self._apply_schedules()
         sums = torch.zeros(5, dtype=torch.float64, device=self.accelerator.device)
-        loader_seconds = 0.0
+        started = time.perf_counter()
+        batches = self.loader.step(self.state.step)
+        loader_seconds = time.perf_counter() - started
         positions = self._positions_per_block() * self.plan.blocks_per_step
-        for indices in self.plan.step(self.state.step):
-            started = time.perf_counter()
-            ids = self.data.train[indices.clamp(min=0)].to(self.accelerator.device)
-            present = (indices >= 0).to(self.accelerator.device)
-            loader_seconds += time.perf_counter() - started
+        for batch in batches:
             with self.accelerator.accumulate(self.student):
-                signal = self.teacher.signal(ids, indices) if self.teacher else None
-                parts: LossParts = self.student(ids, present, signal)
+                signal = batch.signal
+                if signal is None and self.teacher is not None:
+                    signal = self.teacher.signal(batch.ids, batch.indices)
+                parts: LossParts = self.student(batch.ids, batch.present, signal)
                 del signal  # the teacher's head and states need not outlive the forward pass
                 if self._steps_inside_backward and self._anywhere(not math.isfinite(float(parts.loss))):
                     return StepResult(math.nan, math.nan, math.nan, loader_seconds)

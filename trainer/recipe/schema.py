@@ -63,7 +63,12 @@ class DataSource(Section):
     )
     streaming: bool = Field(
         False,
-        description="Read no more of the source than the run needs; hub data sets and Parquet are streamed.",
+        description="Read no more of the source than the run needs, the same share of every shard in use.",
+    )
+    shuffle_buffer: int = Field(
+        0,
+        ge=0,
+        description="Documents in a buffer that shuffles them before they are packed; 0 keeps their order.",
     )
     weight: float = Field(1.0, gt=0, description="Share of this source in a mixture, relative to the others.")
     documents: Positive | None = Field(None, description="Use at most so many documents.")

@@ -34,6 +34,10 @@ def summarize(run: RunFolder) -> dict[str, Any]:
     return report
 
 
+# From here on a report says so: the GPU could have done that much more.
+_SLOW_LOADER = 0.02
+
+
 def summarize_stages(
     name: str, stages: Mapping[str, Stage], recipe: Mapping[str, Any], environment: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -61,6 +65,7 @@ def summarize_stages(
                 "stopped_early",
                 "skipped_steps",
                 "rollbacks",
+                "loader_share",
             )
             if key in qat
         },
@@ -251,6 +256,10 @@ def _notes(metric: Mapping[str, Any], qat: Stage) -> list[str]:
         notes.append("Training stopped early: the held-out perplexity had stopped falling.")
     if qat.get("rollbacks"):
         notes.append(f"Training rolled back {qat['rollbacks']} times after steps with NaN or inf.")
+    if qat.get("loader_share", 0) > _SLOW_LOADER:
+        notes.append(
+            f"Steps waited for data in {percent(qat['loader_share'])} of their time: see data.md, Speed."
+        )
     return notes
 
 

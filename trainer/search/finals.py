@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qatapult.trainer.data.packing import Blocks
 from qatapult.trainer.search.budget import Budget
 from qatapult.trainer.search.divergence import Divergence
 from qatapult.trainer.search.state import SearchState
@@ -42,7 +43,7 @@ class Finalist:
     judged: float
 
 
-def judging_text(train: Tensor, blocks: int) -> Tensor:
+def judging_text(train: Blocks, blocks: int) -> Tensor:
     """Blocks behind those that the search looks at; where there are none, the search's own."""
     behind = train[blocks : blocks * (1 + JUDGING_BLOCKS)]
     return behind if len(behind) else train[:blocks]

@@ -62,6 +62,7 @@ def run(context: Context) -> dict[str, Any]:
         "stopped_early": state.step < trainer.steps,
         "skipped_steps": state.skipped_steps,
         "rollbacks": state.rollbacks,
+        "loader_share": state.loader_seconds / state.step_seconds if state.step_seconds else 0.0,
         "cost": meter.cost(state.tokens),
     }
     context.accelerator.free_memory()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qatapult.trainer.data.packing import Blocks
 from qatapult.trainer.quantize.modules import QuantizedWeight
 
 # Token rows that are embedded at a time.
@@ -22,7 +23,7 @@ _EMBED_ROWS = 8
 _PANELS = 4
 
 
-def spread_blocks(train: Tensor, count: int) -> Tensor:
+def spread_blocks(train: Blocks, count: int) -> Tensor:
     """Calibration text: `count` blocks at even distances, so that every part of the text has its say.
 
     Args:
@@ -30,7 +31,7 @@ def spread_blocks(train: Tensor, count: int) -> Tensor:
         count: how many to take; all if there are fewer.
     """
     if count >= len(train):
-        return train
+        return train[:]
     return train[torch.linspace(0, len(train) - 1, count).round().long()]
 
 
