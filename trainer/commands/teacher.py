@@ -1,4 +1,4 @@
-"""`qatapult teacher cache|write`: the teacher's logits on disk, and text of the teacher's own."""
+"""`qatapult teacher cache|check|write`: the teacher's logits on disk, and text of the teacher's own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from qatapult.trainer.commands.recipe import OverridesArgument, QuietOption, Rec
 def register(app: typer.Typer) -> None:
     group = typer.Typer(help="The full-precision teacher.", no_args_is_help=True)
     group.command("cache")(cache)
+    group.command("check")(check)
     group.command("write")(write)
     app.add_typer(group, name="teacher")
 
@@ -21,10 +22,14 @@ def cache(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     out: Annotated[Path, typer.Option(help="Folder of the cache.")] = Path("teacher-cache"),
-    top_k: Annotated[int, typer.Option(min=1, help="Tokens kept at each position.")] = 64,
+    top_k: Annotated[int, typer.Option(min=1, help="Most tokens kept at a position.")] = 64,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1, help="Keep no more tokens than hold this share of the probability."),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """Write the teacher's top-k logits of a recipe's training text; run again, it goes on where it stopped.
+    """Write the teacher's likeliest tokens for a recipe's training text; run again, it goes on where it stopped.
 
     Several processes share the work: accelerate launch -m qatapult.trainer.cli teacher cache RECIPE
 
@@ -34,7 +39,7 @@ def cache(
 
     from qatapult.trainer.console import Console
     from qatapult.trainer.data.blocks import load_data
-    from qatapult.trainer.distill.cache import CacheFormat, verify_cache, write_cache
+    from qatapult.trainer.distill.cache import CacheFormat, stored_bits_per_token, verify_cache, write_cache
     from qatapult.trainer.models import load_model, load_tokenizer
     from qatapult.trainer.recipe.loading import load_recipe
 
@@ -54,6 +59,7 @@ def cache(
         vocabulary=teacher.config.vocab_size,
         k=min(top_k, teacher.config.vocab_size),
         temperature=distillation.temperature,
+        top_p=top_p,
     )
     own = sum(
         len(range(shard * layout.shard_blocks, min(layout.blocks, (shard + 1) * layout.shard_blocks)))
@@ -72,12 +78,60 @@ def cache(
     state.wait_for_everyone()
     if state.is_main_process:
         verify_cache(out)
-        size = sum(file.stat().st_size for file in out.iterdir())
-        tokens = layout.blocks * layout.block_size
+        tokens, bits = layout.blocks * layout.block_size, stored_bits_per_token(out)
         typer.echo(
-            f"{out}: {tokens:,} tokens, {layout.bits_per_token:,} bits a token, {size / 2**20:.1f} MiB; "
+            f"{out}: {tokens:,} tokens, {bits:,.0f} bits a token, {tokens * bits / 2**23:.1f} MiB; "
             f"train with qat.distillation.cache={out}"
         )
+
+
+def check(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    cached: Annotated[Path, typer.Option("--cache", help="Folder of the cache.")] = Path("teacher-cache"),
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of the training text to look at.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare a cache with its teacher: loss and gradient that the quantized model gets from each, bits a token.
+
+    Example: qatapult teacher check smollm2-135m-w4a8 --cache teacher-cache
+    """
+    import json
+    from dataclasses import asdict
+
+    import torch
+
+    from qatapult.trainer.data.blocks import load_data
+    from qatapult.trainer.distill.cache import CachedTeacher
+    from qatapult.trainer.distill.cache_check import check_cache
+    from qatapult.trainer.distill.student import Student
+    from qatapult.trainer.loop.optimizer import select_trainable
+    from qatapult.trainer.models import load_model, load_tokenizer
+    from qatapult.trainer.quantize.prepare import prepare
+    from qatapult.trainer.recipe.loading import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    distillation = loaded.qat.distillation
+    data = load_data(loaded, load_tokenizer(loaded.model))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reader = CachedTeacher(cached, data.fingerprint, distillation.temperature, device)
+    teacher = load_model(loaded.model.model_copy(update={"source": reader.layout.teacher})).to(device)  # type: ignore[arg-type]
+    model = load_model(loaded.model).to(device)  # type: ignore[arg-type]
+    prepare(model, loaded.quantization, loaded.qat.method)
+    select_trainable(model, "linears")
+    found = check_cache(cached, reader, teacher, Student(model, distillation), data.train, blocks)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    typer.echo(
+        f"{cached}: {found.bits_per_token:,.0f} bits a token, {found.kept_tokens:.1f} tokens a position"
+    )
+    typer.echo(f"  holding {found.kept_mass:.2%} of the teacher's probability, over {found.tokens:,} tokens")
+    typer.echo(
+        f"  loss of the round-to-nearest model: {found.cached_loss:.4f} from the cache, {found.full_loss:.4f} from "
+        f"the teacher ({found.cached_loss / found.full_loss - 1:+.2%})"
+    )
+    typer.echo(f"  cosine of the two gradients: {found.gradient_cosine:.4f}")
 
 
 def write(

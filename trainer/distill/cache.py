@@ -1,16 +1,18 @@
-"""Teacher logits on disk: the k most likely tokens of every position, and the probability of all others together.
+"""Teacher logits on disk: the likeliest tokens of every position, and the probability of all others together.
 
-A cache is a folder of shards (safetensors) and a manifest with checksums. Shards are written atomically, each by one
-process, so that writing can be interrupted, resumed and shared among processes; any number of processes read it.
-Log-probabilities are stored in fp16 and token ids in 16 or 32 bits: 64 tokens of a vocabulary up to 65,536 take
-2,080 bits a token.
+A cache is a folder of shards (safetensors), their checksums and a manifest. Shards are written atomically, each by
+one process under a lock, so that writing can be interrupted, resumed and shared among any processes that see the
+folder; any number of processes read it. Log-probabilities are stored in fp16 and token ids in 16 or 32 bits: 64
+tokens of a vocabulary up to 65,536 take 2,080 bits a token, and `top_p` takes as many as the text needs.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,16 +24,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qatapult.trainer.data.packing import Blocks
+from qatapult.trainer.distill.entries import (
+    Entries,
+    bits_per_entry,
+    decode_block,
+    encode,
+    joined,
+    likeliest,
+    stacked,
+)
 from qatapult.trainer.distill.student import TeacherSignal
-from qatapult.trainer.evaluate.perplexity import last_hidden
 from qatapult.trainer.recipe.errors import UserError
-from qatapult.trainer.run_folder import write_json
+from qatapult.trainer.run_folder import write_atomically, write_json
 
 _MANIFEST = "cache.json"
-_CHUNK_TOKENS = 128
-# Ids up to here fit 16 bits; torch has few operations on uint16, so they are stored shifted, as int16.
-_SHORT_VOCABULARY = 2**16
-_SHIFT = 2**15
+# Bits of a position besides its kept tokens: the tail, and with top-p their number.
+_TAIL_BITS, _COUNT_BITS = 32, 32
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,10 @@ class CacheFormat:
         blocks: training blocks.
         block_size: tokens a block.
         vocabulary: tokens of the vocabulary.
-        k: tokens kept at each position.
+        k: most tokens kept at a position.
         temperature: at which the probabilities were taken.
         shard_blocks: blocks a shard.
+        top_p: share of the probability after which no more tokens are kept; None keeps k everywhere.
     """
 
     fingerprint: str
@@ -57,15 +66,17 @@ class CacheFormat:
     k: int
     temperature: float = 1.0
     shard_blocks: int = 64
+    top_p: float | None = None
 
     @property
     def shards(self) -> int:
         return -(-self.blocks // self.shard_blocks)
 
     @property
-    def bits_per_token(self) -> int:
-        """Stored bits for each token: ids, log-probabilities and the tail."""
-        return self.k * ((16 if self.vocabulary <= _SHORT_VOCABULARY else 32) + 16) + 32
+    def most_bits_per_token(self) -> int:
+        """Stored bits of a position that keeps k tokens; with top-p most positions take fewer."""
+        more = 0 if self.top_p is None else _COUNT_BITS
+        return self.k * bits_per_entry(self.vocabulary) + _TAIL_BITS + more
 
 
 def write_cache(
@@ -95,41 +106,19 @@ def write_cache(
     """
     _start(folder, layout, rank)
     done = 0
-    for shard in range(rank, layout.shards, world_size):
+    own = range(rank, layout.shards, world_size)
+    for shard in own:
         part = blocks[shard * layout.shard_blocks : (shard + 1) * layout.shard_blocks]
-        if not _checksum_file(folder, shard).exists():
-            entries = [top_k(teacher, ids, layout.k, layout.temperature) for ids in part.split(batch_size)]
-            _write_shard(
-                folder, shard, layout, *(torch.cat(tensors) for tensors in zip(*entries, strict=True))
-            )
+        with _locked(folder, shard):
+            if not _is_whole(folder, shard):
+                batches = part.split(batch_size)
+                entries = [
+                    likeliest(teacher, ids, layout.k, layout.temperature, layout.top_p) for ids in batches
+                ]
+                _write_shard(folder, shard, layout, joined(entries))
         done += len(part)
         if on_progress:
             on_progress(done)
-
-
-@torch.no_grad()
-def top_k(teacher: PreTrainedModel, ids: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The teacher's k most likely next tokens.
-
-    Args:
-        teacher: a causal language model.
-        ids: int64 `[B, S]`.
-        k: how many.
-        temperature: divides the logits.
-
-    Returns:
-        Token ids int64 `[B, S, k]`, log-probabilities fp32 `[B, S, k]`, and the rest's probability fp32 `[B, S]`.
-    """
-    hidden = last_hidden(teacher, ids.to(teacher.device)).flatten(0, 1)
-    head = teacher.get_output_embeddings()
-    parts = []
-    for rows in hidden.split(_CHUNK_TOKENS):
-        logprobs = torch.log_softmax(head(rows).float() / temperature, dim=-1)
-        values, indices = logprobs.topk(k, dim=-1)
-        tail = (1 - values.double().exp().sum(-1)).clamp(min=0).float()
-        parts.append((indices.cpu(), values.cpu(), tail.cpu()))
-    indices, values, tail = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return indices.view(*ids.shape, k), values.view(*ids.shape, k), tail.view(ids.shape)
 
 
 class CachedTeacher:
@@ -140,12 +129,22 @@ class CachedTeacher:
         fingerprint: of the tokens that will be trained on.
         temperature: of the distillation.
         device: where the signal is needed.
+        rank: this process, which verifies every `world_size`-th shard.
+        world_size: how many processes read.
 
     Raises:
         UserError: if the cache is unfinished, damaged, or of other data.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, temperature: float, device: torch.device) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        temperature: float,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.layout = read_layout(folder)
         if self.layout.fingerprint != fingerprint:
             raise UserError(
@@ -156,26 +155,27 @@ class CachedTeacher:
                 f"qat.distillation.cache {folder}: was written at temperature {self.layout.temperature:g}, "
                 f"the recipe asks for {temperature:g}"
             )
-        verify_cache(folder)
+        verify_cache(folder, rank, world_size)
         self.folder = folder
         self.device = device
 
     def signal(self, ids: Tensor, blocks: Tensor) -> TeacherSignal:
         """The stored logits of these blocks; `−1` (no block) gets those of block 0, which nobody counts."""
-        entries = [self._block(max(0, int(block))) for block in blocks]
-        indices, logprobs, tail = (torch.stack(tensors) for tensors in zip(*entries, strict=True))
-        if indices.dtype == torch.int16:
-            indices = indices.int() + _SHIFT
+        entries = stacked([self._block(max(0, int(block))) for block in blocks])
         return TeacherSignal(
-            top_indices=indices.long().to(self.device),
-            top_logprobs=logprobs.float().to(self.device),
-            tail_mass=tail.to(self.device),
+            top_indices=entries.indices.to(self.device),
+            top_logprobs=entries.logprobs.to(self.device),
+            tail_mass=entries.tail.to(self.device),
         )
 
-    def _block(self, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    def kept_tokens(self, block: int) -> float:
+        """Mean number of tokens kept at a position of a block."""
+        counts = self._block(block).counts
+        return float(self.layout.k) if counts is None else counts.double().mean().item()
+
+    def _block(self, block: int) -> Entries:
         shard, place = divmod(block, self.layout.shard_blocks)
-        file = _open(str(_shard_file(self.folder, shard)))
-        return tuple(file.get_slice(name)[place] for name in ("indices", "logprobs", "tail"))
+        return decode_block(_open(str(_shard_file(self.folder, shard))), place)
 
 
 def read_layout(folder: Path) -> CacheFormat:
@@ -190,44 +190,63 @@ def read_layout(folder: Path) -> CacheFormat:
     return CacheFormat(**json.loads(manifest.read_text(encoding="utf-8")))
 
 
-def verify_cache(folder: Path) -> None:
-    """Compare every shard with its checksum.
+def verify_cache(folder: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Compare every `world_size`-th shard with its checksum.
 
     Raises:
         UserError: naming the first shard that is missing or damaged.
     """
-    for shard in range(read_layout(folder).shards):
-        file, checksum = _shard_file(folder, shard), _checksum_file(folder, shard)
-        if not checksum.exists() or not file.exists():
+    for shard in range(rank, read_layout(folder).shards, world_size):
+        file = _shard_file(folder, shard)
+        if not _checksum_file(folder, shard).exists() or not file.exists():
             raise UserError(
                 f"{file} is missing; run `qatapult teacher cache` again, it goes on where it stopped"
             )
-        if _checksum(file) != checksum.read_text(encoding="utf-8").strip():
+        if not _is_whole(folder, shard):
             raise UserError(
-                f"{file} is damaged; remove it and {checksum.name}, and run `qatapult teacher cache` again"
+                f"{file} is damaged; run `qatapult teacher cache` again, it writes this shard anew"
             )
+
+
+def stored_bits_per_token(folder: Path) -> float:
+    """Bits on disk for each token, headers and checksums included."""
+    layout = read_layout(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir() if file.suffix != ".lock")
+    return 8 * size / (layout.blocks * layout.block_size)
 
 
 def _start(folder: Path, layout: CacheFormat, rank: int) -> None:
     manifest = folder / _MANIFEST
     if manifest.exists() and read_layout(folder) != layout:
-        raise UserError(f"{folder} holds the cache of another teacher, text or k; choose another folder")
+        raise UserError(f"{folder} holds the cache of another teacher, text, k or p; choose another folder")
     if rank == 0 and not manifest.exists():
         write_json(manifest, asdict(layout))
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _write_shard(
-    folder: Path, shard: int, layout: CacheFormat, indices: Tensor, logprobs: Tensor, tail: Tensor
-) -> None:
-    short = layout.vocabulary <= _SHORT_VOCABULARY
-    stored = (indices - _SHIFT).to(torch.int16) if short else indices.to(torch.int32)
-    file = _shard_file(folder, shard)
+def _write_shard(folder: Path, shard: int, layout: CacheFormat, entries: Entries) -> None:
+    file, checksum = _shard_file(folder, shard), _checksum_file(folder, shard)
+    checksum.unlink(missing_ok=True)
     building = file.with_suffix(".building")
-    save_file({"indices": stored, "logprobs": logprobs.half(), "tail": tail.contiguous()}, str(building))
+    save_file(encode(entries, layout.vocabulary), str(building))
     building.replace(file)
     # Last, so that a shard with a checksum is a whole one.
-    _checksum_file(folder, shard).write_text(_checksum(file) + "\n", encoding="utf-8")
+    write_atomically(checksum, _checksum(file) + "\n")
+
+
+def _is_whole(folder: Path, shard: int) -> bool:
+    file, checksum = _shard_file(folder, shard), _checksum_file(folder, shard)
+    if not (file.exists() and checksum.exists()):
+        return False
+    return _checksum(file) == checksum.read_text(encoding="utf-8").strip()
+
+
+@contextmanager
+def _locked(folder: Path, shard: int) -> Iterator[None]:
+    """Two jobs that write the same cache do not write the same shard at once."""
+    with (folder / f"shard-{shard:06d}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _shard_file(folder: Path, shard: int) -> Path:

@@ -103,7 +103,10 @@ def build_teacher(context: Context, student: PreTrainedModel) -> Teacher | None:
         return None
     if distillation.cache is not None:
         folder = Path(distillation.cache)
-        return CachedTeacher(folder, context.data.fingerprint, distillation.temperature, context.device)
+        processes = context.accelerator.process_index, context.accelerator.num_processes
+        return CachedTeacher(
+            folder, context.data.fingerprint, distillation.temperature, context.device, *processes
+        )
     source = context.recipe.model
     if distillation.teacher is not None:
         source = source.model_copy(update={"source": distillation.teacher})
