@@ -225,6 +225,7 @@ NO_INPUTS = "quantization.activations=null"
         ([PHASES, "qat.trainable=scales"], "nothing would be left"),
         ([PHASES, "qat.schedule.weights_start=0.5"], "skips the first"),
         ([PHASES, "qat.tokens=32"], "after the last of 1 steps"),
+        (["qat.blockwise_offload=true"], "set qat.blockwise_tokens"),
         (["qat.schedule.weights_start=1.0"], "never quantizes"),
         (["qat.schedule.weights_start=0.5", NO_WEIGHTS, "export=[]"], "delays nothing"),
         (["qat.schedule.weights_start=0.5", "qat.trainable=scales"], "nothing to train before"),

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import copy
+import gc
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
+from qatapult.trainer.loop import blockwise_disk
 from qatapult.trainer.loop.blockwise import train_blockwise
+from qatapult.trainer.loop.blockwise_disk import load_trained_blocks, train_blockwise_from_disk
 from qatapult.trainer.loop.optimizer import build_optimizer, select_trainable
 from qatapult.trainer.models import load_model
 from qatapult.trainer.quantize import lora
 from qatapult.trainer.quantize.convert import convert
 from qatapult.trainer.quantize.prepare import prepare, quant_layers
 from qatapult.trainer.recipe.loading import load_recipe
-from qatapult.trainer.recipe.schema import Recipe
+from qatapult.trainer.recipe.schema import Model, Recipe
+from qatapult.trainer.weight_files import WeightFiles
+
+CPU = torch.device("cpu")
 
 
 def small(*overrides: str) -> tuple[Recipe, nn.Module, nn.Module, torch.Tensor]:
@@ -103,3 +112,86 @@ def test_block_by_block_never_ends_worse_than_it_began() -> None:
     errors = train_blockwise(model, teacher, ids, recipe, lambda _: None)
     assert all(trained <= before for before, trained in errors)
     assert all(torch.equal(layer.codes(), begun[name]) for name, layer in quant_layers(model).items())
+
+
+class Sampler:
+    """Most parameters that were off the meta device when an embedding or a block computed."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def __call__(self, module: nn.Module | None = None, _: object = None) -> None:
+        if not (module is None or isinstance(module, nn.Embedding) or hasattr(module, "self_attn")):
+            return
+        alive = {id(o): o for o in gc.get_objects() if type(o) is nn.Parameter and not o.is_meta}
+        self.most = max(self.most, sum(parameter.numel() for parameter in alive.values()))
+
+
+def on_disk(folder: Path, recipe: Recipe, model: nn.Module) -> Path:
+    """What post-training quantization leaves."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(folder / "ptq.safetensors"))
+    return folder / "ptq.safetensors"
+
+
+@pytest.mark.parametrize("source", ["random:tiny", "folder"])
+def test_blocks_from_disk_give_what_blocks_in_memory_give(tmp_path: Path, source: str) -> None:
+    options = ["qat.blockwise_tokens=1024", "qat.optimizer.learning_rate=0.002"]
+    if source == "folder":
+        load_model(Model(source="random:tiny")).save_pretrained(tmp_path / "model", max_shard_size="100KB")
+        assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
+        options.append(f"model.source={tmp_path / 'model'}")
+    recipe, teacher, model, ids = small(*options)
+    weights = on_disk(tmp_path, recipe, model)
+    expected = train_blockwise(model, teacher, ids, recipe, lambda _: None)
+    found = train_blockwise_from_disk(weights, recipe, ids, tmp_path / "disk", CPU, lambda _: None)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
+    _, _, loaded, _ = small(*options)
+    load_trained_blocks(loaded, tmp_path / "disk")
+    for (name, one), other in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        torch.testing.assert_close(other, one, msg=name)
+    assert not list((tmp_path / "disk" / "activations").iterdir())
+
+
+def test_blocks_from_disk_hold_one_block_in_memory(tmp_path: Path) -> None:
+    recipe, teacher, model, ids = small("qat.blockwise_tokens=512")
+    weights = on_disk(tmp_path, recipe, model)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    whole = sum(p.numel() for p in model.parameters())
+    WeightFiles.of(recipe.model, tmp_path / "disk" / "source")  # drawing random weights takes the whole model
+    del model, teacher
+    gc.collect()
+    sampler, before = Sampler(), Sampler()
+    before()
+    handle = register_module_forward_pre_hook(sampler)
+    try:
+        train_blockwise_from_disk(weights, recipe, ids, tmp_path / "disk", CPU, lambda _: None)
+    finally:
+        handle.remove()
+    # The embedding table comes alone, before any block.
+    assert sampler.most - before.most <= block < whole / 2
+
+
+def test_blocks_from_disk_go_on_where_they_were_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, _, model, ids = small("qat.blockwise_tokens=512")
+    weights = on_disk(tmp_path, recipe, model)
+    expected = train_blockwise_from_disk(weights, recipe, ids, tmp_path / "whole", CPU, lambda _: None)
+    trained: list[int] = []
+
+    def once(*arguments: object) -> tuple[float, float]:
+        trained.append(len(trained))
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)  # type: ignore[arg-type]
+
+    original = blockwise_disk.train_block
+    monkeypatch.setattr(blockwise_disk, "train_block", once)
+    with pytest.raises(KeyboardInterrupt):
+        train_blockwise_from_disk(weights, recipe, ids, tmp_path / "killed", CPU, lambda _: None)
+    found = train_blockwise_from_disk(weights, recipe, ids, tmp_path / "killed", CPU, lambda _: None)
+    assert len(trained) == 3  # the first block was not trained again
+    assert found == expected
+    for file in (tmp_path / "whole").glob("block-*.safetensors"):
+        assert (tmp_path / "killed" / file.name).read_bytes() == file.read_bytes()

@@ -4,12 +4,13 @@ EfficientQAT's first phase (Chen et al., arXiv:2407.11062, section 3.2): weights
 time are trained with the mean squared error against the full-precision block's outputs, and its inputs are
 those that the quantized blocks before it give. One block's gradients and optimizer state are held at a time,
 so it costs little memory, and below 4 bits it brings the model to where training end to end can work.
+`blockwise_disk` does the same with blocks and activations on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,14 @@ from qatapult.trainer.quantize.ptq.calibration import (
     spread_blocks,
 )
 from qatapult.trainer.recipe.schema import Recipe
+
+
+class Rows(Protocol):
+    """Activations of all the text, `[rows, tokens, features]`, of which a slice is a tensor on the device."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 def train_blockwise(
@@ -52,9 +61,7 @@ def train_blockwise(
     Returns:
         For each block, the mean squared error before and after.
     """
-    rows = max(1, round(recipe.qat.blockwise_tokens / train.shape[1]))
-    text = spread_blocks(train, rows)
-    passes = -(-rows // len(text))
+    text, passes = text_and_passes(train, recipe)
     device = next(model.parameters()).device
     model.eval()
     quantized, arguments = first_inputs(model, decoder_blocks(model)[0], text.to(device))
@@ -64,56 +71,92 @@ def train_blockwise(
     for index, (block, original) in enumerate(pairs):
         with torch.no_grad():
             exact = _in_batches(original, exact, exact_arguments, recipe.qat.batch_size)
-        before = _error(block, quantized, exact, arguments, recipe.qat.batch_size)
-        _train_block(block, quantized, exact, arguments, recipe, passes)
-        after = _error(block, quantized, exact, arguments, recipe.qat.batch_size)
-        errors.append((before, after))
-        say(f"  block {index + 1}/{len(pairs)}: error {before:.3g} → {after:.3g}")
+        errors.append(train_block(block, quantized, exact, arguments, recipe, passes))
+        say(describe(index, len(pairs), errors[-1]))
         with torch.no_grad():
             quantized = _in_batches(block, quantized, arguments, recipe.qat.batch_size)
     return errors
 
 
-def _train_block(
-    block: nn.Module, inputs: Tensor, targets: Tensor, arguments: dict[str, Any], recipe: Recipe, passes: int
-) -> None:
-    """AdamW on one block's quantized layers; keeps what it began with if training made it worse."""
-    if not quant_layers(block):
-        return
+def text_and_passes(train: Blocks, recipe: Recipe) -> tuple[Tensor, int]:
+    """Token ids that the blocks see, `[rows, block_size]`, and how often they see them."""
+    rows = max(1, round(recipe.qat.blockwise_tokens / train.shape[1]))
+    text = spread_blocks(train, rows)
+    return text, -(-rows // len(text))
+
+
+def describe(index: int, blocks: int, errors: tuple[float, float]) -> str:
+    """A line of progress."""
+    before, after = errors
+    return f"  block {index + 1}/{blocks}: error {before:.3g} → {after:.3g}"
+
+
+def train_block(
+    block: nn.Module, inputs: Rows, targets: Rows, arguments: dict[str, Any], recipe: Recipe, passes: int
+) -> tuple[float, float]:
+    """AdamW on one block's quantized layers; keeps what it began with if training made it worse.
+
+    Args:
+        block: a prepared model's decoder block, on its device.
+        inputs: what the blocks before it give.
+        targets: what the full-precision model's block gives.
+        arguments: the other arguments that the block is called with.
+        recipe: batch size and optimizer.
+        passes: over the inputs.
+
+    Returns:
+        Mean squared error before and after.
+    """
     size = recipe.qat.batch_size
+    before = _error(block, inputs, targets, arguments, size)
+    if not quant_layers(block):
+        return before, before
     begun = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    first = _error(block, inputs, targets, arguments, size)
+    _descend(block, inputs, targets, arguments, recipe, passes)
+    after = _error(block, inputs, targets, arguments, size)
+    if not after <= before:
+        block.load_state_dict(begun)
+        return before, before
+    return before, after
+
+
+def _descend(
+    block: nn.Module, inputs: Rows, targets: Rows, arguments: dict[str, Any], recipe: Recipe, passes: int
+) -> None:
     trained = [p for layer in quant_layers(block).values() for p in layer.parameters(recurse=False)]
     block.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    steps = passes * -(-len(inputs) // size)
+    batches = _slices(inputs, recipe.qat.batch_size)
+    steps = passes * len(batches)
     optimizer = build_optimizer(block, recipe, steps)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    step = 0
-    for _ in range(passes):
-        for rows, goal in zip(inputs.split(size), targets.split(size), strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * rate_factor(recipe.qat.optimizer, step, steps)
-            # Relative to the targets' size, so that the clipping of gradients means the same in every block.
-            loss = mse_loss(block_output(block, rows, arguments), goal) / goal.square().mean()
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, recipe.qat.optimizer.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-    if not _error(block, inputs, targets, arguments, size) <= first:
-        block.load_state_dict(begun)
+    for step in range(steps):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * rate_factor(recipe.qat.optimizer, step, steps)
+        rows = batches[step % len(batches)]
+        goal = targets[rows]
+        # Relative to the targets' size, so that the clipping of gradients means the same in every block.
+        loss = mse_loss(block_output(block, inputs[rows], arguments), goal) / goal.square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, recipe.qat.optimizer.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @torch.no_grad()
-def _error(block: nn.Module, inputs: Tensor, targets: Tensor, arguments: dict[str, Any], size: int) -> float:
+def _error(block: nn.Module, inputs: Rows, targets: Rows, arguments: dict[str, Any], size: int) -> float:
     """Mean squared error of a block's outputs."""
-    total = sum(
-        float((block_output(block, rows, arguments) - goal).square().sum())
-        for rows, goal in zip(inputs.split(size), targets.split(size), strict=True)
-    )
-    return total / targets.numel()
+    total, count = 0.0, 0
+    for rows in _slices(inputs, size):
+        goal = targets[rows]
+        total += float((block_output(block, inputs[rows], arguments) - goal).square().sum())
+        count += goal.numel()
+    return total / count
+
+
+def _slices(rows: Rows, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, len(rows), size)]
 
 
 def _in_batches(block: nn.Module, inputs: Tensor, arguments: dict[str, Any], size: int) -> Tensor:

@@ -78,6 +78,8 @@ def check_blockwise(recipe: Recipe, rotation: str | None) -> None:
     """
     qat = recipe.qat
     if not qat.blockwise_tokens:
+        if qat.blockwise_offload:
+            raise ValueError("qat.blockwise_offload is for a block-wise phase; set qat.blockwise_tokens")
         return
     if rotation:
         raise ValueError(

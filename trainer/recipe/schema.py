@@ -415,6 +415,11 @@ class Qat(Section):
         ge=0,
         description="Tokens for a first phase that trains block by block against the teacher's blocks.",
     )
+    blockwise_offload: bool = Field(
+        False,
+        description="Keep blocks and activations of the block-wise phase on disk, in the run's folder, and one block "
+        "in memory: slower, resumed at the block where it stopped.",
+    )
     lora_rank: Positive = Field(16, description="Rank of the adapters, for trainable `lora`.")
     integer_forward: bool | Literal["auto"] = Field(
         "auto", description="Multiply integer codes in the training forward pass; `auto` where it is faster."

@@ -15,6 +15,7 @@ from qatapult.trainer.distill.cache import CachedTeacher
 from qatapult.trainer.distill.layers import pair_layers
 from qatapult.trainer.distill.teacher import InProcessTeacher, Teacher
 from qatapult.trainer.loop.blockwise import train_blockwise
+from qatapult.trainer.loop.blockwise_disk import load_trained_blocks, train_blockwise_from_disk
 from qatapult.trainer.loop.checkpoint import list_checkpoints, require_disk_space
 from qatapult.trainer.loop.engine import multiplies_bf16
 from qatapult.trainer.loop.metrics import MetricsLog
@@ -29,10 +30,7 @@ from qatapult.trainer.stages import ptq
 def run(context: Context) -> dict[str, Any]:
     """Train, keep the best weights, and report the curve."""
     meter = context.meter()
-    model = ptq.load_quantized(context)
-    if context.recipe.qat.blockwise_tokens and not list_checkpoints(context.run.checkpoints):
-        context.console.say("  block by block")
-        train_blockwise(model, context.load_model(), context.data.train, context.recipe, context.console.say)
+    model = starting_point(context)
     if context.recipe.qat.trainable == "lora":
         lora.add_adapters(model, context.recipe.qat.lora_rank)
     check_disk(context, model)
@@ -72,6 +70,28 @@ def run(context: Context) -> dict[str, Any]:
         result |= context.judge(load_trained(context), "qat")
     result["control"] = run_control(context) if context.recipe.qat.control else None
     return result
+
+
+def starting_point(context: Context) -> PreTrainedModel:
+    """What training end to end begins with: post-training quantization's model, trained block by block if asked."""
+    qat = context.recipe.qat
+    if not qat.blockwise_tokens or list_checkpoints(context.run.checkpoints):
+        return ptq.load_quantized(context)
+    context.console.say("  block by block")
+    if not qat.blockwise_offload:
+        model = ptq.load_quantized(context)
+        train_blockwise(model, context.load_model(), context.data.train, context.recipe, context.console.say)
+        return model
+    folder = context.run.artifact("blockwise")
+    if context.accelerator.is_main_process:
+        weights = context.run.artifact("ptq") / "model.safetensors"
+        train_blockwise_from_disk(
+            weights, context.recipe, context.data.train, folder, context.device, context.console.say
+        )
+    context.accelerator.wait_for_everyone()
+    model = ptq.load_quantized(context)
+    load_trained_blocks(model, folder)
+    return model
 
 
 def run_control(context: Context) -> dict[str, Any]:
