@@ -38,6 +38,15 @@ class CostMeter:
         }
 
 
+def add_costs(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two costs of one stage: seconds and tokens add up, of memory the higher peak counts."""
+    return one | {
+        "seconds": round(one["seconds"] + other["seconds"], 3),
+        "tokens": one["tokens"] + other["tokens"],
+        "peak_memory_bytes": max(one["peak_memory_bytes"], other["peak_memory_bytes"]),
+    }
+
+
 def peak_memory(device: torch.device) -> int:
     """Peak bytes since the last reset: allocated on a GPU, resident in memory on a CPU."""
     if device.type == "cuda":

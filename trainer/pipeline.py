@@ -18,10 +18,12 @@ from qatapult.trainer.environment import describe_environment
 from qatapult.trainer.loop.engine import create_accelerator
 from qatapult.trainer.loop.interrupt import INTERRUPTED, Interrupted, current_flag
 from qatapult.trainer.models import check_model, empty_model, load_tokenizer
+from qatapult.trainer.plan.batch_size import resolve_batch_size
 from qatapult.trainer.quantize.prepare import layer_grids
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import differences, dump_recipe, load_recipe
 from qatapult.trainer.recipe.schema import Recipe
+from qatapult.trainer.recipe.task import task_data
 from qatapult.trainer.report import write_report
 from qatapult.trainer.run_folder import STAGES, RunFolder, write_atomically, write_json
 from qatapult.trainer.tracking.trackers import Tracking
@@ -45,6 +47,7 @@ def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False, 
     """
     folder = RunFolder(runs / recipe.name)
     data = check_inputs(recipe, folder)
+    given, recipe = recipe, resolve_batch_size(recipe)
     console = Console(quiet=quiet, as_json=as_json)
     accelerator = create_accelerator(recipe)
     if accelerator.device.type == "cpu":
@@ -56,7 +59,7 @@ def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False, 
         context = Context(recipe, folder, accelerator, console, tracking, owner)
         context.data = data
         if accelerator.is_main_process:
-            write_atomically(folder.recipe, dump_recipe(recipe))
+            write_atomically(folder.recipe, dump_recipe(given))
             write_json(folder.environment, describe_environment(accelerator))
         _run_stages(context, owner)
         _finish(context, as_json, plots)
@@ -87,6 +90,8 @@ def check_inputs(recipe: Recipe, folder: RunFolder) -> TokenizedData:
             )
     check_model(recipe.model)
     check_data(recipe.data)
+    if recipe.qat.task is not None:
+        check_data(task_data(recipe, recipe.qat.task))
     layer_grids(empty_model(recipe.model), recipe.quantization)
     return load_data(recipe, load_tokenizer(recipe.model))
 

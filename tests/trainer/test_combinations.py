@@ -30,7 +30,7 @@ from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.recipe.schema import Recipe
 from qatapult.trainer.run_folder import RunFolder
 from qatapult.trainer.stages import ptq
-from qatapult.trainer.stages.qat import build_teacher
+from qatapult.trainer.stages.training import build_teacher
 from qatapult.trainer.tracking.trackers import Tracking
 
 #: What people set together; pairs of them are drawn, and single fields changed on top.

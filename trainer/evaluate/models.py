@@ -106,7 +106,7 @@ class RunModels:
             UserError: for another name, or if the run has not got that far.
         """
         from qatapult.trainer.quantize.convert import convert
-        from qatapult.trainer.stages import ptq, qat
+        from qatapult.trainer.stages import ptq, training
 
         if which not in get_args(Which):
             raise UserError(f"--model {which!r} is not one of {', '.join(get_args(Which))}")
@@ -117,7 +117,7 @@ class RunModels:
             return self.context.load_model().eval()
         if which == "ptq":
             return ptq.load_quantized(self.context).eval()
-        trained = qat.load_trained(self.context)
+        trained = training.load_trained(self.context)
         if which == "qat":
             return trained
         packed = convert(trained, in_place=True)

@@ -28,7 +28,7 @@ from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.run_folder import RunFolder
 from qatapult.trainer.stages.ptq import load_quantized
-from qatapult.trainer.stages.qat import load_trained
+from qatapult.trainer.stages.training import load_trained
 from qatapult.trainer.tracking.trackers import Tracking
 
 Part = Literal["weights", "activations", "importance", "scales"]

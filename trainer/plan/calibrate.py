@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qatapult.trainer.plan.batch_size import resolve_batch_size
 from qatapult.trainer.plan.hardware import Cluster, parse_cluster
 from qatapult.trainer.plan.memory import Assumptions, memory
 from qatapult.trainer.plan.model_shape import shape_of
@@ -65,7 +66,8 @@ def calibrate(recipe: Recipe, cluster: Cluster, steps: int) -> Calibration:
     """
     if steps < 1:
         raise UserError(f"--calibrate {steps} must be at least 1 step")
-    own = recipe.model_copy(update={"qat": recipe.qat.model_copy(update={"global_batch_tokens": None})})
+    whole = resolve_batch_size(recipe)
+    own = whole.model_copy(update={"qat": whole.qat.model_copy(update={"global_batch_tokens": None})})
     measured = run_probe(own, steps)
     on_gpu = measured["device"] == "cuda"
     here = replace(cluster, gpus=1, nodes=1) if on_gpu else parse_cluster("1xCPU")

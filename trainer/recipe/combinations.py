@@ -90,6 +90,10 @@ def _check_method(recipe: Recipe) -> None:
     if method in RECOMPUTED and not quantizes_weights(recipe):
         raise ValueError(f"qat.method '{method}' is a rule for the weights' scales; set quantization.weights")
     _check_integer_forward(recipe)
+    if recipe.qat.batch_size == 0 and recipe.qat.global_batch_tokens is None:
+        raise ValueError(
+            "qat.batch_size 'auto' needs qat.global_batch_tokens: the size of a step must not depend on the machine"
+        )
 
 
 def _check_integer_forward(recipe: Recipe) -> None:
@@ -200,6 +204,9 @@ def _check_data(recipe: Recipe) -> None:
         raise ValueError(
             "data.held_out: 'random' tokens bring held-out ones of their own; leave held_out out"
         )
+    task = recipe.qat.task
+    if task is not None and any(s.kind == "random" for s in (*task.data, task.held_out) if s is not None):
+        raise ValueError("qat.task is for a task's text, and 'random' tokens are none")
     if any(random) and recipe.evaluation.generate:
         raise ValueError("evaluation.generate continues held-out text, and data.train is 'random'")
 

@@ -9,7 +9,16 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from qatapult.kernels.scheme import Granularity, Grid, RangeMethod, ScaleDtype, Scheme
 from qatapult.trainer.recipe import deployment as formats
@@ -19,7 +28,23 @@ from qatapult.trainer.recipe.grid_rules import check_input_grid, check_kv_cache_
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+#: What `auto` is for fields that are numbers to the program.
+AUTO = 0
+BatchSize = Annotated[
+    int,
+    Field(ge=0),
+    BeforeValidator(lambda value: _batch_size(value)),
+    PlainSerializer(lambda value: "auto" if value == AUTO else value),
+]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _batch_size(value: object) -> object:
+    if value == "auto":
+        return AUTO
+    if value == AUTO or isinstance(value, str):
+        raise ValueError("must be at least 1, or 'auto'")
+    return value
 
 
 class Section(BaseModel):
@@ -364,6 +389,27 @@ class Optimizer(Section):
     gradient_clip: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
 
 
+class Task(Section):
+    """A second stage after recovery: fine-tuning for a task, on text of its own."""
+
+    data: list[DataSource] = Field(min_length=1, description="The task's text, as `data.train`.")
+    held_out: DataSource | None = Field(
+        None, description="The task's held-out text; by default a share of its documents, as for `data`."
+    )
+    tokens: Positive = Field(description="Length of the stage in tokens, all processes together.")
+    cross_entropy: float = Field(
+        0.5, gt=0, le=1, description="Share of the next-token loss; the rest stays with the teacher."
+    )
+    learning_rate: PositiveFloat | Literal["auto"] = Field(
+        "auto", description="Peak rate of the weights; `auto` is a third of the first stage's."
+    )
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_source_is_a_list(cls, value: object) -> object:
+        return [value] if isinstance(value, dict) else value
+
+
 class Guards(Section):
     """What happens when training goes wrong."""
 
@@ -402,7 +448,11 @@ class Qat(Section):
         description="`linears` (with their scales), `all` (embeddings and norms too), `scales`, or `lora`.",
     )
     tokens: Positive = Field(61_440, description="Training length in tokens, all processes together.")
-    batch_size: Positive = Field(2, description="Blocks a process computes at a time.")
+    batch_size: BatchSize = Field(
+        2,
+        description="Blocks a process computes at a time; `auto` is the most that fit into memory by the plan's "
+        "model, and needs `global_batch_tokens`.",
+    )
     global_batch_tokens: Positive | None = Field(
         None,
         description="Tokens an optimizer step, all processes together; by default one batch of one process.",
@@ -433,6 +483,9 @@ class Qat(Section):
     )
     early_stopping: Positive | None = Field(
         None, description="Stop after so many evaluations without a better held-out perplexity."
+    )
+    task: Task | None = Field(
+        None, description="Fine-tune for a task once the loss of quantization is recovered; none if absent."
     )
     guards: Guards = Field(Guards(), description="NaN, rollback and hang handling.")
     checkpoints: Checkpoints = Field(Checkpoints(), description="Checkpoint policy.")

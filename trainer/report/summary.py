@@ -66,6 +66,7 @@ def summarize_stages(
                 "skipped_steps",
                 "rollbacks",
                 "loader_share",
+                "task",
             )
             if key in qat
         },
@@ -256,6 +257,13 @@ def _notes(metric: Mapping[str, Any], qat: Stage) -> list[str]:
         notes.append("Training stopped early: the held-out perplexity had stopped falling.")
     if qat.get("rollbacks"):
         notes.append(f"Training rolled back {qat['rollbacks']} times after steps with NaN or inf.")
+    if qat.get("task"):
+        task = qat["task"]
+        notes.append(
+            f"Second stage: {task['tokens']:,} tokens for the task took its held-out perplexity from "
+            f"{number(task['perplexity_before'])} to {number(task['perplexity'])}; on the general text it went from "
+            f"{number(task['recovered_perplexity'])} to {number(qat['perplexity'])}."
+        )
     if qat.get("loader_share", 0) > _SLOW_LOADER:
         notes.append(
             f"Steps waited for data in {percent(qat['loader_share'])} of their time: see data.md, Speed."

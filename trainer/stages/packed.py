@@ -11,7 +11,7 @@ from qatapult.trainer.evaluate.kernels import counting
 from qatapult.trainer.evaluate.parity import compare, shortfall
 from qatapult.trainer.insight.rounding import rounding
 from qatapult.trainer.quantize.convert import convert, packed_layers
-from qatapult.trainer.stages.qat import load_trained
+from qatapult.trainer.stages.training import load_trained
 
 # Blocks on which the logits of the packed and the fake-quantized model are compared.
 _PARITY_BLOCKS = 2
