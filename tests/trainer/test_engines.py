@@ -180,3 +180,10 @@ def test_a_killed_run_goes_on(engine: str, tmp_path: Path) -> None:
     resumed = run(engine, 2, folder, "qat.checkpoints.every_tokens=512")
     assert resumed["losses"] == pytest.approx(whole["losses"], rel=1e-6)
     assert resumed["scales"] == pytest.approx(whole["scales"], rel=1e-6)
+
+
+def test_ddp_waits_for_no_gradient_of_what_a_schedule_leaves_out(tmp_path: Path) -> None:
+    late = ("qat.schedule.weights_start=0.5", "qat.tokens=1280")
+    alone, shared = (run("none", n, tmp_path / str(n), *late) for n in (1, 2))
+    assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert shared["scales"] == pytest.approx(alone["scales"], rel=1e-4)

@@ -105,8 +105,11 @@ class QuantizedWeight(nn.Module):
 
     def fake_quantized_weight(self) -> Tensor:
         """The weight as the grid represents it, differentiable; the full-precision one where not quantized."""
-        if self.weight_scheme is None or not self.quantize_weights:
+        if self.weight_scheme is None:
             return self.weight_matrix().view_as(self.weight)
+        if not self.quantize_weights:
+            waiting = _waiting(self.weight_scale, self.weight_zero_point)
+            return with_zero(self.weight_matrix(), waiting).view_as(self.weight)
         scale, zero_point = self.grid()
         gradient: Literal["lsq", "ste"] = "ste" if self.scale_source == "recomputed" else "lsq"
         matrix = fake_quantize(
@@ -125,16 +128,31 @@ class QuantizedWeight(nn.Module):
 
         The clip's gradient is that of the elements beyond it; the range is then chosen among what is left.
         """
-        if self.activation_clip is None or not self.quantize_activations:
+        if self.activation_clip is None:
             return x
+        if not self.quantize_activations:
+            return with_zero(x, _waiting(self.activation_clip))
         clip = self.activation_clip.to(x.dtype)
         return torch.minimum(torch.maximum(x, -clip), clip)
 
     def fake_quantized_input(self, x: Tensor) -> Tensor:
         """The layer's input as its grid represents it."""
         if self.activation_scheme is None or not self.quantize_activations:
-            return x
+            return self.clipped_input(x)
         return fake_quantize_dynamic(self.clipped_input(x), self.activation_scheme)
+
+
+def _waiting(*parameters: Tensor | None) -> list[nn.Parameter]:
+    """Those that learn, and that a schedule leaves out for now."""
+    learned = (p for p in parameters if isinstance(p, nn.Parameter) and p.requires_grad)
+    return list(learned) if torch.is_grad_enabled() else []
+
+
+def with_zero(x: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """`x`, with a zero gradient for parameters that it does not depend on: DDP waits for every one's."""
+    for parameter in parameters:
+        x = x + (0 * parameter.sum()).nan_to_num().to(x.dtype)
+    return x
 
 
 class QuantLinear(QuantizedWeight, nn.Linear):  # type: ignore[misc]
@@ -167,8 +185,10 @@ class QuantEmbedding(QuantizedWeight, nn.Embedding):  # type: ignore[misc]
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up ids, int64 `[...]`; `[..., K]`."""
-        if self.weight_scheme is None or not self.quantize_weights:
+        if self.weight_scheme is None:
             return super().forward(ids)
+        if not self.quantize_weights:
+            return with_zero(super().forward(ids), _waiting(self.weight_scale, self.weight_zero_point))
         scale, zero_point = self.grid()
         rows = nn.functional.embedding(ids, self.weight, self.padding_idx)
         if self.weight_scheme.granularity != "tensor":
