@@ -14,6 +14,7 @@ from qatapult.launch.owner import Owner, claim
 from qatapult.trainer.console import Console
 from qatapult.trainer.context import Context
 from qatapult.trainer.data.blocks import TokenizedData, check_data, load_data
+from qatapult.trainer.distill.cache import check_fits
 from qatapult.trainer.environment import describe_environment
 from qatapult.trainer.loop.engine import create_accelerator
 from qatapult.trainer.loop.interrupt import INTERRUPTED, Interrupted, current_flag
@@ -23,7 +24,7 @@ from qatapult.trainer.quantize.prepare import layer_grids
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import differences, dump_recipe, load_recipe
 from qatapult.trainer.recipe.schema import Recipe
-from qatapult.trainer.recipe.task import task_data
+from qatapult.trainer.recipe.task import task_data, task_recipe
 from qatapult.trainer.report import write_report
 from qatapult.trainer.run_folder import STAGES, RunFolder, write_atomically, write_json
 from qatapult.trainer.tracking.trackers import Tracking
@@ -93,7 +94,15 @@ def check_inputs(recipe: Recipe, folder: RunFolder) -> TokenizedData:
     if recipe.qat.task is not None:
         check_data(task_data(recipe, recipe.qat.task))
     layer_grids(empty_model(recipe.model), recipe.quantization)
-    return load_data(recipe, load_tokenizer(recipe.model))
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_data(recipe, tokenizer)
+    distillation = recipe.qat.distillation
+    if distillation.cache is not None:
+        check_fits(Path(distillation.cache), data.fingerprint, distillation.temperature)
+    if recipe.qat.task is not None:
+        # Its length is known before the first stage has trained for hours; the tokens are cached.
+        load_data(task_recipe(recipe, recipe.qat.task, weights_rate=1.0), tokenizer)
+    return data
 
 
 def _run_stages(context: Context, owner: Owner | None) -> None:

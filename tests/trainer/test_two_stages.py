@@ -74,6 +74,23 @@ def test_the_second_stage_learns_the_task_on_its_grid_and_goes_on_where_it_was_k
     assert named == {"eval/perplexity", "eval/task_perplexity"}
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["qat.task={data: [{kind: jsonl, path: missing.jsonl}], tokens: 64}"], "missing.jsonl"),
+        (["qat.task={data: [{kind: cpython_docs, documents: 1}], tokens: 64}"], "less than one block"),
+        (["qat.distillation.cache=nowhere"], "nowhere holds no teacher cache"),
+    ],
+)
+def test_what_a_later_stage_lacks_is_found_before_the_first(
+    tmp_path: Path, changes: list[str], message: str
+) -> None:
+    recipe = load_recipe("tiny-random-w4a8", ["export=[]", *changes])
+    with pytest.raises(UserError, match=message):
+        run(recipe, tmp_path / "runs", quiet=True, plots=False)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_the_second_stage_mixes_in_the_cross_entropy(tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path, "qat.distillation.cache=somewhere", "qat.schedule.activations_start=0.5")
     assert recipe.qat.task is not None

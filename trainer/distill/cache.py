@@ -145,16 +145,7 @@ class CachedTeacher:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.layout = read_layout(folder)
-        if self.layout.fingerprint != fingerprint:
-            raise UserError(
-                f"qat.distillation.cache {folder}: was written for other tokens; write it for this recipe"
-            )
-        if self.layout.temperature != temperature:
-            raise UserError(
-                f"qat.distillation.cache {folder}: was written at temperature {self.layout.temperature:g}, "
-                f"the recipe asks for {temperature:g}"
-            )
+        self.layout = check_fits(folder, fingerprint, temperature)
         verify_cache(folder, rank, world_size)
         self.folder = folder
         self.device = device
@@ -188,6 +179,25 @@ def read_layout(folder: Path) -> CacheFormat:
     if not manifest.exists():
         raise UserError(f"{folder} holds no teacher cache; write one with `qatapult teacher cache`")
     return CacheFormat(**json.loads(manifest.read_text(encoding="utf-8")))
+
+
+def check_fits(folder: Path, fingerprint: str, temperature: float) -> CacheFormat:
+    """What a cache holds, if it was written for these tokens and this temperature.
+
+    Raises:
+        UserError: if the folder is no cache, or one of something else.
+    """
+    layout = read_layout(folder)
+    if layout.fingerprint != fingerprint:
+        raise UserError(
+            f"qat.distillation.cache {folder}: was written for other tokens; write it for this recipe"
+        )
+    if layout.temperature != temperature:
+        raise UserError(
+            f"qat.distillation.cache {folder}: was written at temperature {layout.temperature:g}, "
+            f"the recipe asks for {temperature:g}"
+        )
+    return layout
 
 
 def verify_cache(folder: Path, rank: int = 0, world_size: int = 1) -> None:
