@@ -37,7 +37,7 @@ def section(report: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
         f"perplexity {full} at full precision, {ptq} after round-to-nearest, {packed} as packed integers "
         f"after training. Looked at on {found['tokens']:,} held-out tokens."
     )
-    yield from ("", "| what is said of QAT | before → after | here |", "|---|---|---|")
+    yield from ("", "| what is said of QAT | full precision → PTQ → QAT | here |", "|---|---|---|")
     for claim in found["claims"]:
         yield f"| {claim['claim']} | {describe(claim)} | {claim['verdict']} |"
     for part, sentence in found["sentences"].items():

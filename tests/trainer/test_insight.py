@@ -271,6 +271,19 @@ def test_verdicts_follow_the_figures() -> None:
     }
 
 
+def test_what_ptq_did_is_not_credited_to_training() -> None:
+    full = {"near": 0.2, "tail": 0.006, "kurtosis": 1.6, "clipped": 0.0}
+    started = {"near": 0.2, "tail": 0.004, "kurtosis": 1.3, "clipped": 0.0}
+    trained = {"near": 0.2, "tail": 0.004, "kurtosis": 1.0, "clipped": 0.004}
+    found = {
+        claim["claim"]: claim["verdict"]
+        for claim in claims({"weights": {"full_precision": full, "ptq": started, "qat": trained}})
+    }
+    assert found["tails of the weights shrink"] == "by PTQ, not by training"
+    assert found["kurtosis of the weights falls"] == "confirmed"
+    assert found["fewer weights are clipped"] == "contradicted"
+
+
 def qatapult(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "qatapult.trainer.cli", *arguments],

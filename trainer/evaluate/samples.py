@@ -27,18 +27,17 @@ def sample_texts(
     Returns:
         `[{"prompt", "text"}]`, the same prompts for every model.
     """
-    device = device_of(model)
     length = min(_PROMPT_TOKENS, held_out.shape[1])
-    samples = []
-    for block in held_out[:: max(1, len(held_out) // _PROMPTS)][:_PROMPTS]:
-        prompt = block[None, :length].to(device)
-        written = model.generate(  # type: ignore[operator]
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-        pieces = tokenizer.batch_decode([prompt[0], written[0, length:]], skip_special_tokens=True)
-        samples.append(dict(zip(("prompt", "text"), pieces, strict=True)))
-    return samples
+    blocks = held_out[:: max(1, len(held_out) // _PROMPTS)][:_PROMPTS]
+    # All prompts at once: a quantized model lays its weights on the grid once a token, not once a prompt.
+    prompts = blocks[:, :length].to(device_of(model))
+    written = model.generate(  # type: ignore[operator]
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    asked = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+    answered = tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
+    return [{"prompt": prompt, "text": text} for prompt, text in zip(asked, answered, strict=True)]

@@ -93,10 +93,15 @@ def insight(context: Context, settings: InsightSettings) -> dict[str, Any]:
             continue
         meter = context.meter()
         result[part] = _ANALYSES[part](context, models, blocks, settings)
-        result["sentences"], result["claims"] = sentences(result), claims(result)
         result["cost"] = parts.added_cost(result.get("cost"), meter.cost(blocks.numel()))
-        parts.save(context.run, result)
+        _conclude(context, result)
+    _conclude(context, result)  # sentences may have changed since the parts were measured
     return result
+
+
+def _conclude(context: Context, result: dict[str, Any]) -> None:
+    result["sentences"], result["claims"] = sentences(result), claims(result)
+    parts.save(context.run, result)
 
 
 def open_context(run: RunFolder, console: Console) -> Context:

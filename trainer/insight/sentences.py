@@ -12,6 +12,17 @@ from qatapult.trainer.report.text import number, percent
 _CHANGE = 0.05
 #: Changes are relative to no less than this: a kurtosis of 0.001 that halves has not fallen.
 _SMALL = 0.01
+# What is said, the part and its figure, whether it is to rise, decimals, unit.
+_CLAIMS = (
+    ("weights cluster at grid points", "weights", "near", True, 1, "%"),
+    ("tails of the weights shrink", "weights", "tail", False, 2, "%"),
+    ("kurtosis of the weights falls", "weights", "kurtosis", False, 1, ""),
+    ("fewer weights are clipped", "weights", "clipped", False, 2, "%"),
+    ("fewer activations fall outside a fixed range", "activations", "beyond_static", False, 2, "%"),
+    ("outlier channels become fewer", "activations", "outlier_channels", False, 2, "%"),
+    ("importance concentrates in fewer neurons", "importance", "taylor_top", True, 1, "%"),
+    ("more channels can be pruned", "importance", "tolerated", True, 1, "%"),
+)
 
 
 def sentences(result: Mapping[str, Any]) -> dict[str, str]:
@@ -24,68 +35,39 @@ def claims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What is often said about quantization-aware training, held against this run's figures.
 
     Returns:
-        `[{"claim", "before", "after", "verdict", "unit"}]`; the verdict is `confirmed`, `contradicted` or `no
-        change`.
+        `[{"claim", "before", "ptq", "after", "verdict", "unit", "digits"}]`. The verdict compares full precision
+        with the trained model: `confirmed`, `contradicted` or `no change`; where training itself changed
+        nothing it is `by PTQ, not by training` or `against it, by PTQ`.
     """
     found = []
-    weights, activations, importance = (result.get(part) for part in ("weights", "activations", "importance"))
-    if weights:
-        full, ptq, qat = weights["full_precision"], weights["ptq"], weights["qat"]
-        found.append(_claim("weights cluster at grid points", full["near"], qat["near"], rises=True))
-        found.append(_claim("tails of the weights shrink", full["tail"], qat["tail"], rises=False, digits=2))
-        found.append(
-            _claim("kurtosis of the weights falls", full["kurtosis"], qat["kurtosis"], rises=False, unit="")
-        )
-        found.append(
-            _claim("fewer weights are clipped", ptq["clipped"], qat["clipped"], rises=False, digits=2)
-        )
-    if activations:
-        ptq, qat = activations["ptq"], activations["qat"]
-        found.append(
-            _claim(
-                "fewer activations fall outside a fixed range",
-                ptq["beyond_static"],
-                qat["beyond_static"],
-                False,
-                2,
+    for claim, part, figure, rises, digits, unit in _CLAIMS:
+        if result.get(part):
+            of = [result[part][model][figure] for model in ("full_precision", "ptq", "qat")]
+            found.append(
+                {
+                    "claim": claim,
+                    **dict(zip(("before", "ptq", "after"), of, strict=True)),
+                    "verdict": _verdict(*of, rises),
+                    "unit": unit,
+                    "digits": digits,
+                }
             )
-        )
-        found.append(
-            _claim(
-                "outlier channels become fewer", ptq["outlier_channels"], qat["outlier_channels"], False, 2
-            )
-        )
-    if importance:
-        full, qat = importance["full_precision"], importance["qat"]
-        found.append(
-            _claim(
-                "importance concentrates in fewer neurons",
-                full["taylor_top"],
-                qat["taylor_top"],
-                rises=True,
-                digits=1,
-            )
-        )
-        found.append(
-            _claim("more channels can be pruned", full["tolerated"], qat["tolerated"], rises=True, digits=1)
-        )
     return found
 
 
-def _claim(
-    claim: str, before: float, after: float, rises: bool, digits: int = 1, unit: str = "%"
-) -> dict[str, Any]:
-    change = (after - before) / max(abs(before), _SMALL)
-    moved = change if rises else -change
-    verdict = "confirmed" if moved > _CHANGE else "contradicted" if moved < -_CHANGE else "no change"
-    return {
-        "claim": claim,
-        "before": before,
-        "after": after,
-        "verdict": verdict,
-        "unit": unit,
-        "digits": digits,
-    }
+def _verdict(full: float, ptq: float, qat: float, rises: bool) -> str:
+    whole, trained = _moved(full, qat, rises), _moved(ptq, qat, rises)
+    if whole == 0:
+        return "no change"
+    if whole == _moved(full, ptq, rises) and trained == 0:
+        return "by PTQ, not by training" if whole > 0 else "against it, by PTQ"
+    return "confirmed" if whole > 0 else "contradicted"
+
+
+def _moved(before: float, after: float, rises: bool) -> int:
+    """1 where a figure moved as expected, −1 where it moved the other way, 0 where it stayed."""
+    change = (after - before) / max(abs(before), _SMALL) * (1 if rises else -1)
+    return (change > _CHANGE) - (change < -_CHANGE)
 
 
 def _weights(part: Mapping[str, Any]) -> str:
@@ -100,10 +82,10 @@ def _weights(part: Mapping[str, Any]) -> str:
         f"one, against "
         f"{percent(full['near'], 1)} before (20 % would be chance). "
         f"{percent(part['changed'], 1)} of the codes differ from those that training started from. "
-        f"Beyond {TAIL:g} standard deviations lie {percent(qat['tail'], 2)} (before "
-        f"{percent(full['tail'], 2)}; a normal "
-        f"distribution has 0.27 %), excess kurtosis goes from {number(full['kurtosis'])} to "
-        f"{number(qat['kurtosis'])}. "
+        f"Beyond {TAIL:g} standard deviations lie {percent(qat['tail'], 2)} (at full precision "
+        f"{percent(full['tail'], 2)}, after PTQ {percent(ptq['tail'], 2)}; a normal distribution has 0.27 %), "
+        f"excess kurtosis is {number(qat['kurtosis'])} ({number(full['kurtosis'])}, after PTQ "
+        f"{number(ptq['kurtosis'])}). "
         f"Clipped are {percent(qat['clipped'], 2)} of the weights, {percent(ptq['clipped'], 2)} after PTQ."
     )
     if part["snapshots"] >= 3:

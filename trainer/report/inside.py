@@ -27,12 +27,11 @@ def chapter(insight: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def describe(claim: Mapping[str, Any]) -> str:
-    """`19.9 % → 31.0 %`."""
-    if claim["unit"] == "%":
-        before, after = (percent(claim[key], claim["digits"]) for key in ("before", "after"))
-    else:
-        before, after = (number(claim[key]) for key in ("before", "after"))
-    return f"{before} → {after}"
+    """`19.9 % → 20.0 % → 31.0 %`: at full precision, after PTQ, after training."""
+    figures = [claim[key] for key in ("before", "ptq", "after") if key in claim]
+    return " → ".join(
+        percent(figure, claim["digits"]) if claim["unit"] == "%" else number(figure) for figure in figures
+    )
 
 
 def plot_data(insight: Mapping[str, Any]) -> dict[str, Any]:
