@@ -42,12 +42,14 @@ def claims(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = []
     for claim, part, figure, rises, digits, unit in _CLAIMS:
         if result.get(part):
-            of = [result[part][model][figure] for model in ("full_precision", "ptq", "qat")]
+            full, ptq, qat = (result[part][model][figure] for model in ("full_precision", "ptq", "qat"))
             found.append(
                 {
                     "claim": claim,
-                    **dict(zip(("before", "ptq", "after"), of, strict=True)),
-                    "verdict": _verdict(*of, rises),
+                    "before": full,
+                    "ptq": ptq,
+                    "after": qat,
+                    "verdict": _verdict(full, ptq, qat, rises),
                     "unit": unit,
                     "digits": digits,
                 }
