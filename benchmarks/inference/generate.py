@@ -30,6 +30,7 @@ from qatapult.trainer.measure import device_name, peak_memory
 from qatapult.trainer.models import load_model, load_tokenizer
 from qatapult.trainer.quantize.convert import convert
 from qatapult.trainer.quantize.prepare import prepare
+from qatapult.trainer.quantize.serve import cast, serve
 from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.recipe.schema import Override, Quantization, Recipe, TensorScheme
 
@@ -71,12 +72,14 @@ def plain(recipe: Recipe, dtype: torch.dtype) -> Candidate:
     return transformers_candidate(load_model(recipe.model, dtype).to(DEVICE))
 
 
-def packed(recipe: Recipe, quantization: Quantization) -> Candidate:
+def packed(recipe: Recipe, quantization: Quantization, dtype: torch.dtype, served: bool = True) -> Candidate:
+    """The packed model between products in `dtype`, as it is served or module by module as transformers has it."""
     model = load_model(recipe.model).to(DEVICE)
     prepare(model, quantization)
     converted = convert(model, in_place=True)
     assert isinstance(converted, PreTrainedModel)
-    return transformers_candidate(converted)
+    converted = cast(converted, dtype)
+    return transformers_candidate(serve(converted) if served else converted)
 
 
 def with_head(recipe: Recipe) -> Quantization:
@@ -127,8 +130,10 @@ def llama_cpp(recipe: Recipe) -> Candidate:
 CANDIDATES: dict[str, Callable[[Recipe], Candidate]] = {
     REFERENCE: lambda recipe: plain(recipe, torch.bfloat16),
     "transformers fp32": lambda recipe: plain(recipe, torch.float32),
-    "packed": lambda recipe: packed(recipe, recipe.quantization),
-    "packed, head W8A8": lambda recipe: packed(recipe, with_head(recipe)),
+    "packed bf16": lambda recipe: packed(recipe, recipe.quantization, torch.bfloat16),
+    "packed fp32": lambda recipe: packed(recipe, recipe.quantization, torch.float32),
+    "packed bf16, head W8A8": lambda recipe: packed(recipe, with_head(recipe), torch.bfloat16),
+    "packed bf16, modules": lambda recipe: packed(recipe, recipe.quantization, torch.bfloat16, False),
     "llama.cpp Q4_0": llama_cpp,
 }
 
@@ -180,13 +185,13 @@ def main() -> None:
         f"{recipe.name}: prompt {arguments.prompt}, then {arguments.tokens} tokens, median of {arguments.repeats}"
     )
     print(f"{device_name(DEVICE)}; the processor {bf16} instructions for bf16 products\n")
-    print(f"{'':<20}{'prefill tok/s':>14}{'× bf16':>8}{'decode tok/s':>14}{'× bf16':>8}{'peak memory':>14}")
+    print(f"{'':<24}{'prefill tok/s':>14}{'× bf16':>8}{'decode tok/s':>14}{'× bf16':>8}{'peak memory':>14}")
     reference = results[REFERENCE]
     for name, speeds in results.items():
         prefill, decode = _median(speeds, "prefill"), _median(speeds, "decode")
         ratios = [_median(reference, part) / _median(speeds, part) for part in ("prefill", "decode")]
         print(
-            f"{name:<20}{arguments.prompt / prefill:>14.1f}{ratios[0]:>8.2f}{arguments.tokens / decode:>14.1f}"
+            f"{name:<24}{arguments.prompt / prefill:>14.1f}{ratios[0]:>8.2f}{arguments.tokens / decode:>14.1f}"
             f"{ratios[1]:>8.2f}{peak_of(name, arguments) / 1e9:>11.2f} GB"
         )
 

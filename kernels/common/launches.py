@@ -12,10 +12,10 @@ Product = Literal["integer", "float"]
 _listeners: list[Counter[str]] = []
 
 
-def record(product: Product) -> None:
-    """Note one product on packed weights: of integer codes, or with inputs in floating point."""
+def record(product: Product, count: int = 1) -> None:
+    """Note products on packed weights that ran: of integer codes, or with inputs in floating point."""
     for listener in _listeners:
-        listener[product] += 1
+        listener[product] += count
 
 
 @contextmanager

@@ -8,28 +8,48 @@
 
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <type_traits>
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include <immintrin.h>
 
-// Loops over tokens and tiles must be unrolled, or their sums lie in memory instead of registers.
-#define UNROLL _Pragma("GCC unroll 6")
+#include "buffer.h"
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_CALL __attribute__((always_inline))
 
 namespace {
+
+// Calls f(0) ... f(N - 1) with constants. Loops over tokens and tiles are written so because their sums must be in
+// registers: with loops that are unrolled later, GCC leaves the arrays in memory.
+template <int N, class Call>
+INLINE void times(const Call& f) {
+  if constexpr (N > 0) {
+    times<N - 1>(f);
+    f(std::integral_constant<int, N - 1>());
+  }
+}
 
 constexpr int ROWS = 16;   // of weights in a tile: the int32 lanes of a register
 constexpr int STEP = 8;    // columns of a block
 constexpr int TOKENS = 6;  // 6 tokens x 4 tiles of sums, 4 registers of weights and 2 of activations are 30 of 32
 constexpr int CHUNK = 96;  // tokens for which a panel of weights is unpacked once
 
-struct Weight {
+using Quantizer = void (*)(int dtype, const void* x, void* out, int8_t* codes, float* scales, float* zeros,
+                           int64_t rows, int64_t size, int qmin, int qmax, float offset, float steps, int stored,
+                           int symmetric, int threads);
+
+struct Weight {  // as `Weight` in vnni.py
   const uint8_t* codes;
   const float *scale, *shift, *bias;
-  int64_t rows, features, group;  // features and group are multiples of STEP
-  int nibbles;
+  int64_t rows, features, groups;
+  Quantizer quantizer;  // of the tokens (of fake_quant.cpp)
+  int32_t nibbles, qmin, qmax, stored;
+  float steps;
 
   int zero() const { return nibbles ? 8 : 128; }  // the stored code of 0
+  int64_t padded() const { return (features + STEP - 1) / STEP * STEP; }
+  int64_t group() const { return padded() / groups; }
 };
 
 struct Input {
@@ -49,6 +69,11 @@ inline __m512i broadcast(const int8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
+// sums += products of unsigned and signed bytes. As an intrinsic, GCC 12 keeps the sums in memory.
+INLINE void multiply_add(__m512i& sums, __m512i w, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(w), "v"(x));
+}
+
 inline void unpacked(const uint8_t* block, __m512i& first, __m512i& second) {
   const __m512i both = _mm512_loadu_si512(block), low = _mm512_set1_epi8(15);
   first = _mm512_and_si512(both, low);
@@ -57,34 +82,30 @@ inline void unpacked(const uint8_t* block, __m512i& first, __m512i& second) {
 
 // Adds the products of 4 columns for MR tokens and NR tiles.
 template <int MR, int NR>
-inline void add(const int8_t* x, int64_t features, const __m512i (&w)[NR], __m512i (&sums)[MR][NR]) {
-UNROLL
-  for (int m = 0; m < MR; ++m) {
+INLINE void add(const int8_t* x, int64_t features, const __m512i (&w)[NR], __m512i (&sums)[MR][NR]) {
+  times<MR>([&](auto m) INLINE_CALL {
     const __m512i four = broadcast(x + m * features);
-UNROLL
-    for (int n = 0; n < NR; ++n) sums[m][n] = _mm512_dpbusd_epi32(sums[m][n], w[n], four);
-  }
+    times<NR>([&](auto n) INLINE_CALL { multiply_add(sums[m][n], w[n], four); });
+  });
 }
 
 // Adds the products of `blocks` blocks of columns.
 template <int MR, int NR, bool NIBBLES>
-inline void multiply(const int8_t* x, int64_t features, const uint8_t* w, int64_t tile, int64_t blocks,
+INLINE void multiply(const int8_t* x, int64_t features, const uint8_t* w, int64_t tile, int64_t blocks,
                      __m512i (&sums)[MR][NR]) {
-  for (int64_t b = 0; b < blocks; ++b, x += STEP, w += NIBBLES ? 64 : 128) {
-    __m512i first[NR], second[NR];
-    if (NIBBLES) {
-UNROLL
-      for (int n = 0; n < NR; ++n) unpacked(w + n * tile, first[n], second[n]);
-    } else {
-UNROLL
-      for (int n = 0; n < NR; ++n) first[n] = _mm512_loadu_si512(w + n * tile);
+  if constexpr (NIBBLES) {
+    for (int64_t b = 0; b < blocks; ++b, x += STEP, w += 64) {
+      __m512i first[NR], second[NR];
+      times<NR>([&](auto n) INLINE_CALL { unpacked(w + n * tile, first[n], second[n]); });
+      add<MR, NR>(x, features, first, sums);
+      add<MR, NR>(x + 4, features, second, sums);
     }
-    add<MR, NR>(x, features, first, sums);
-    if (!NIBBLES) {  // not before: registers are full
-UNROLL
-      for (int n = 0; n < NR; ++n) second[n] = _mm512_loadu_si512(w + n * tile + 64);
+  } else {
+    for (int64_t half = 0; half < 2 * blocks; ++half, x += STEP / 2, w += 64) {
+      __m512i four[NR];
+      times<NR>([&](auto n) INLINE_CALL { four[n] = _mm512_loadu_si512(w + n * tile); });
+      add<MR, NR>(x, features, four, sums);
     }
-    add<MR, NR>(x + 4, features, second, sums);
   }
 }
 
@@ -121,40 +142,34 @@ inline __m512i correction(const Weight& weight, int32_t sum, int64_t group, int6
 // MR tokens from `token` on, NR tiles from row `row` on; `w` is the first of these tiles.
 template <int MR, int NR, bool NIBBLES>
 void tile(const Weight& weight, const Input& in, const Output& out, const uint8_t* w, int64_t token, int64_t row) {
-  const int64_t blocks = weight.group / STEP, groups = weight.features / weight.group;
+  const int64_t features = weight.padded(), group = weight.group(), blocks = group / STEP, groups = weight.groups;
   constexpr int64_t bytes = NIBBLES ? 64 : 128;
-  const int64_t stride = weight.features / STEP * bytes;
-  const int8_t* x = in.codes + token * weight.features;
-  __m512i sums[MR][NR];
+  const int64_t stride = features / STEP * bytes;
+  const int8_t* x = in.codes + token * features;
   __m512 total[MR][NR];
-UNROLL
-  for (int m = 0; m < MR; ++m)
-UNROLL
-    for (int n = 0; n < NR; ++n) total[m][n] = _mm512_setzero_ps();
+  times<MR>([&](auto m) INLINE_CALL { times<NR>([&](auto n) INLINE_CALL { total[m][n] = _mm512_setzero_ps(); }); });
   for (int64_t g = 0; g < groups; ++g) {
-UNROLL
-    for (int m = 0; m < MR; ++m)
-UNROLL
-      for (int n = 0; n < NR; ++n) sums[m][n] = correction(weight, in.sums[(token + m) * groups + g], g, row + n * ROWS);
-    multiply<MR, NR, NIBBLES>(x + g * weight.group, weight.features, w + g * blocks * bytes, stride, blocks, sums);
-UNROLL
-    for (int n = 0; n < NR; ++n) {
+    __m512i sums[MR][NR];
+    times<MR>([&](auto m) INLINE_CALL {
+      const int32_t sum = in.sums[(token + m) * groups + g];
+      times<NR>([&](auto n) INLINE_CALL { sums[m][n] = correction(weight, sum, g, row + n * ROWS); });
+    });
+    multiply<MR, NR, NIBBLES>(x + g * group, features, w + g * blocks * bytes, stride, blocks, sums);
+    times<NR>([&](auto n) INLINE_CALL {
       const __m512 scale = loaded(weight.scale, weight.rows, g, row + n * ROWS);
-UNROLL
-      for (int m = 0; m < MR; ++m)
+      times<MR>([&](auto m) INLINE_CALL {
         total[m][n] = _mm512_add_ps(total[m][n], _mm512_mul_ps(_mm512_cvtepi32_ps(sums[m][n]), scale));
-    }
+      });
+    });
   }
-UNROLL
-  for (int n = 0; n < NR; ++n) {
+  times<NR>([&](auto n) INLINE_CALL {
     const int64_t first = row + n * ROWS;
-UNROLL
-    for (int m = 0; m < MR; ++m) {
+    times<MR>([&](auto m) INLINE_CALL {
       __m512 y = _mm512_mul_ps(total[m][n], _mm512_set1_ps(in.scale[token + m]));
       if (weight.bias) y = _mm512_add_ps(y, loaded(weight.bias, weight.rows, 0, first));
       store(out, (token + m) * weight.rows + first, y, lanes(weight.rows - first));
-    }
-  }
+    });
+  });
 }
 
 // `count` tokens, TOKENS at a time.
@@ -171,7 +186,7 @@ void tokens(const Weight& weight, const Input& in, const Output& out, const uint
 
 // Few tokens: weights are unpacked in registers and every byte of them is read once.
 void few(const Weight& weight, const Input& in, const Output& out, int64_t count, int threads) {
-  const int64_t tile = weight.features / STEP * (weight.nibbles ? 64 : 128);
+  const int64_t tile = weight.padded() / STEP * (weight.nibbles ? 64 : 128);
   const int64_t pairs = (weight.rows + 2 * ROWS - 1) / (2 * ROWS);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t p = 0; p < pairs; ++p) {
@@ -182,7 +197,7 @@ void few(const Weight& weight, const Input& in, const Output& out, int64_t count
 
 // Many tokens: four tiles at a time become bytes in the cache and meet a chunk of tokens.
 void many(const Weight& weight, const Input& in, const Output& out, int64_t count, int threads) {
-  const int64_t blocks = weight.features / STEP, tiles = (weight.rows + 2 * ROWS - 1) / (2 * ROWS) * 2;
+  const int64_t blocks = weight.padded() / STEP, tiles = (weight.rows + 2 * ROWS - 1) / (2 * ROWS) * 2;
   const int64_t panels = (tiles + 3) / 4, chunks = (count + CHUNK - 1) / CHUNK;
 #pragma omp parallel num_threads(threads)
   {
@@ -211,10 +226,6 @@ void many(const Weight& weight, const Input& in, const Output& out, int64_t coun
   }
 }
 
-using Quantizer = void (*)(int dtype, const void* x, void* out, int8_t* codes, float* scales, float* zeros,
-                           int64_t rows, int64_t size, int qmin, int qmax, float offset, float steps, int stored,
-                           int symmetric, int threads);
-
 }  // namespace
 
 extern "C" {
@@ -241,38 +252,37 @@ void qatapult_vnni_pack(const int8_t* codes, uint8_t* out, int64_t rows, int64_t
   }
 }
 
-// x is quantized by `quantizer` (of fake_quant.cpp) where that is given, else int8 codes with `token_scale`.
-void qatapult_vnni_linear(const void* x, int x_dtype, const float* token_scale, Quantizer quantizer, int x_qmin,
-                          int x_qmax, float steps, int stored, const uint8_t* codes, const float* scale,
-                          const float* shift, const float* bias, int64_t count, int64_t rows, int64_t features,
-                          int64_t groups, int nibbles, void* y, int y_dtype, int threads) {
+// y[count, rows] of x[count, features]; x is quantized as the weight says, or int8 codes (dtype -1) with `token_scale`.
+void qatapult_vnni_linear(const Weight* weight, const void* x, int x_dtype, const float* token_scale, int64_t count,
+                          void* y, int y_dtype, int threads) {
   thread_local std::vector<int8_t> own, wide;
   thread_local std::vector<float> scales;
   thread_local std::vector<int32_t> sums;
+  const int64_t features = weight->features, padded = weight->padded(), group = weight->group();
   const int8_t* from = static_cast<const int8_t*>(x);
-  if (quantizer) {
-    own.resize(count * features);
-    scales.resize(count);
-    quantizer(x_dtype, x, nullptr, own.data(), scales.data(), nullptr, count, features, x_qmin, x_qmax, 0, steps,
-              stored, 1, count > TOKENS ? threads : 1);
-    from = own.data();
-    token_scale = scales.data();
+  if (x_dtype >= 0) {
+    int8_t* const codes = room(own, count * features);
+    float* const scale = room(scales, count);
+    weight->quantizer(x_dtype, x, nullptr, codes, scale, nullptr, count, features, weight->qmin,
+                      weight->qmax, 0, weight->steps, weight->stored, 1, count > TOKENS ? threads : 1);
+    from = codes;
+    token_scale = scale;
   }
-  const int64_t padded = (features + STEP - 1) / STEP * STEP, group = padded / groups;
   if (padded != features) {
     wide.assign(count * padded, 0);
     for (int64_t m = 0; m < count; ++m) std::memcpy(wide.data() + m * padded, from + m * features, features);
     from = wide.data();
   }
-  sums.resize(count * groups);
-  for (int64_t i = 0; i < count * groups; ++i) {
+  const int64_t groups = count * weight->groups;
+  int32_t* const totals = room(sums, groups);
+#pragma omp parallel for num_threads(count > TOKENS ? threads : 1) schedule(static)
+  for (int64_t i = 0; i < groups; ++i) {
     int32_t sum = 0;
     for (int64_t k = 0; k < group; ++k) sum += from[i * group + k];
-    sums[i] = sum;
+    totals[i] = sum;
   }
-  const Weight weight{codes, scale, shift, bias, rows, padded, group, nibbles};
-  const Input in{from, sums.data(), token_scale};
-  (count > TOKENS ? many : few)(weight, in, Output{y, y_dtype}, count, threads);
+  const Input in{from, totals, token_scale};
+  (count > TOKENS ? many : few)(*weight, in, Output{y, y_dtype}, count, threads);
 }
 }
 

@@ -25,6 +25,26 @@ _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _INT, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 
 
+class Weight(ctypes.Structure):
+    """A weight as `vnni.cpp` sees it; whoever makes one keeps the tensors that it points to."""
+
+    _fields_ = (
+        ("codes", _POINTER),
+        ("scale", _POINTER),
+        ("shift", _POINTER),
+        ("bias", _POINTER),
+        ("rows", _LONG),
+        ("features", _LONG),
+        ("groups", _LONG),
+        ("quantizer", _POINTER),
+        ("nibbles", ctypes.c_int32),
+        ("qmin", ctypes.c_int32),
+        ("qmax", ctypes.c_int32),
+        ("stored", ctypes.c_int32),
+        ("steps", _FLOAT),
+    )
+
+
 def available() -> bool:
     """Whether the processor has AVX512-VNNI and a compiler was found."""
     return torch.cpu._is_vnni_supported() and _library() is not None
@@ -69,11 +89,34 @@ def quantized_product(
         tokens: scheme of the activations, per token and symmetric.
         dtype: of the result.
     """
-    if tokens.range_method != "minmax" or not quantizer.available(x.dtype) or dtype not in _DTYPES:
+    if not quantizes(tokens, x.dtype) or dtype not in _DTYPES:
         return None
-    rule = RangeRule.of(tokens)
-    how = (quantizer.dynamic_address(), *Grid.of(tokens)[:2], rule.steps, quantizer.STORED[rule.scale_dtype])
-    return _call(x.contiguous(), _DTYPES[x.dtype], None, how, operand, scale, shift, bias, dtype)
+    weight, _held = native(operand, scale, shift, bias, x.shape[1], tokens)
+    return _call(x.contiguous(), _DTYPES[x.dtype], None, weight, dtype)
+
+
+def quantizes(tokens: Scheme, dtype: torch.dtype) -> bool:
+    """Whether the compiled quantizer does tokens of this scheme and dtype."""
+    return tokens.range_method == "minmax" and quantizer.available(dtype)
+
+
+def native(
+    operand: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    features: int,
+    tokens: Scheme | None,
+) -> tuple[Weight, Tensor | None]:
+    """The structure of a weight, and the bias that it points to; arguments are those of `quantized_product`."""
+    bias = None if bias is None else bias.float().contiguous()
+    how: tuple[int | None, int, int, int, int, float] = (None, int(operand.shape[-1] == 64), 0, 0, 0, 0.0)
+    if tokens is not None:
+        rule, (qmin, qmax) = RangeRule.of(tokens), Grid.of(tokens)[:2]
+        stored = quantizer.STORED[rule.scale_dtype]
+        how = (quantizer.dynamic_address(), how[1], qmin, qmax, stored, rule.steps)
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in (operand, scale, shift, bias)]
+    return Weight(*pointers, scale.shape[0], features, scale.shape[1], *how), bias
 
 
 def product(
@@ -87,49 +130,33 @@ def product(
 ) -> Tensor:
     """The same for tokens that are quantized already: int8 [M, K] and fp32 [M, 1]."""
     fits = dtype if dtype in _DTYPES else torch.float32
-    token_scale, nothing = token_scale.contiguous(), (None, 0, 0, 0.0, 0)
-    return _call(codes.contiguous(), _CODES, token_scale, nothing, operand, scale, shift, bias, fits).to(
-        dtype
-    )
+    weight, _held = native(operand, scale, shift, bias, codes.shape[1], None)
+    return _call(codes.contiguous(), _CODES, token_scale.contiguous(), weight, fits).to(dtype)
 
 
-def _call(
-    x: Tensor,
-    x_dtype: int,
-    token_scale: Tensor | None,
-    how: tuple[int | None, int, int, float, int],
-    operand: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
+def _call(x: Tensor, x_dtype: int, token_scale: Tensor | None, weight: Weight, dtype: torch.dtype) -> Tensor:
     library = _library()
     if library is None:
         raise RuntimeError("the compiled path was called where it is not available")
     record("integer")
-    (count, features), (rows, groups) = x.shape, scale.shape
-    y = torch.empty((count, rows), dtype=dtype)
-    bias = None if bias is None else bias.float().contiguous()
+    y = torch.empty((x.shape[0], weight.rows), dtype=dtype)
     library.qatapult_vnni_linear(
+        ctypes.byref(weight),
         x.data_ptr(),
         x_dtype,
         None if token_scale is None else token_scale.data_ptr(),
-        *how,
-        operand.data_ptr(),
-        scale.data_ptr(),
-        None if shift is None else shift.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        count,
-        rows,
-        features,
-        groups,
-        operand.shape[-1] == 64,
+        x.shape[0],
         y.data_ptr(),
         _DTYPES[dtype],
         torch.get_num_threads(),
     )
     return y
+
+
+def linear_address() -> int | None:
+    """Where `qatapult_vnni_linear` lies, for compiled code that multiplies inside of a larger call."""
+    library = _library()
+    return None if library is None else ctypes.cast(library.qatapult_vnni_linear, _POINTER).value
 
 
 @functools.cache
@@ -138,12 +165,6 @@ def _library() -> ctypes.CDLL | None:
     if library is None or not library.qatapult_vnni_available():
         return None
     library.qatapult_vnni_pack.argtypes = (_POINTER, _POINTER, _LONG, _LONG, _INT, _INT)
-    library.qatapult_vnni_linear.argtypes = (
-        *(_POINTER, _INT, _POINTER),  # x
-        *(_POINTER, _INT, _INT, _FLOAT, _INT),  # how it is quantized
-        *(_POINTER, _POINTER, _POINTER, _POINTER),  # weight and bias
-        *(_LONG, _LONG, _LONG, _LONG),  # sizes
-        *(_INT, _POINTER, _INT, _INT),  # four bits a code; output
-    )
+    library.qatapult_vnni_linear.argtypes = (_POINTER, _POINTER, _INT, _POINTER, _LONG, _POINTER, _INT, _INT)
     library.qatapult_vnni_pack.restype = library.qatapult_vnni_linear.restype = None
     return library

@@ -79,6 +79,8 @@ def evaluate(
             result |= _perplexity(models, loaded, console)
         if window is not None:
             result["sliding_perplexity"] = _sliding(models, loaded, window, step, console)
+        if names:
+            console.say(f"tasks    {', '.join(names)}" + (f", {limit} documents each" if limit else ""))
         result["tasks"] = run_tasks(loaded, models.tokenizer, names, options)
     if kernels["linears"]:
         result["kernels"] = kernels

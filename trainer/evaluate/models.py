@@ -106,6 +106,7 @@ class RunModels:
             UserError: for another name, or if the run has not got that far.
         """
         from qatapult.trainer.quantize.convert import convert
+        from qatapult.trainer.quantize.serve import serve
         from qatapult.trainer.stages import ptq, training
 
         if which not in get_args(Which):
@@ -122,7 +123,7 @@ class RunModels:
             return trained
         packed = convert(trained, in_place=True)
         assert isinstance(packed, PreTrainedModel)
-        return packed
+        return serve(packed)
 
 
 @dataclass

@@ -98,6 +98,10 @@ class PackedLinear(nn.Module):
             )
         return self._prepared
 
+    def forget_prepared(self) -> None:
+        """Free what `prepared` made; it is made again when it is next needed."""
+        self._prepared = None
+
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x `[..., K]`; `[..., N]` in x's dtype."""

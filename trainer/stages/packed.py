@@ -11,6 +11,7 @@ from qatapult.trainer.evaluate.kernels import counting
 from qatapult.trainer.evaluate.parity import compare, shortfall
 from qatapult.trainer.insight.rounding import rounding
 from qatapult.trainer.quantize.convert import convert, packed_layers
+from qatapult.trainer.quantize.serve import serve
 from qatapult.trainer.stages.training import load_trained
 
 # Blocks on which the logits of the packed and the fake-quantized model are compared.
@@ -21,8 +22,8 @@ def run(context: Context) -> dict[str, Any]:
     """Pack the trained model, evaluate it, and compare it with the fake-quantized one."""
     meter = context.meter()
     trained = load_trained(context)
-    packed = convert(trained)
-    parity = compare(trained, packed, context.data.held_out[:_PARITY_BLOCKS].to(context.device))
+    packed = serve(convert(trained))
+    parity = compare(serve(trained), packed, context.data.held_out[:_PARITY_BLOCKS].to(context.device))
     rounded = rounding(trained)
     del trained
     short = shortfall(parity)

@@ -1,0 +1,1 @@
+"""What a decoder of LLaMA's kind computes between its linear layers, for inference on the CPU."""
