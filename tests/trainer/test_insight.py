@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from qatapult.kernels import Scheme, choose_range, dequantize, quantize
@@ -23,6 +24,7 @@ from qatapult.trainer.insight.sentences import claims
 from qatapult.trainer.models import load_model
 from qatapult.trainer.quantize.prepare import prepare, quant_layers
 from qatapult.trainer.recipe.schema import Model, Quantization, TensorScheme
+from qatapult.trainer.report import plots
 
 SCHEMES = [
     Scheme(bits=4, granularity="channel"),
@@ -256,6 +258,14 @@ def test_pruning_ends_where_the_model_is_ruined(model: PreTrainedModel, blocks: 
     assert found == pytest.approx([10, 31])
     assert importance.tolerated_share(shares, found, 0.05) == pytest.approx(0.5 * 0.5 / 21)
     assert importance.tolerated_share(shares, found, 9.0) == 0.5
+
+
+def test_a_curve_that_ended_early_is_drawn() -> None:
+    axes = Figure().subplots()
+    curve = {"perplexities": [10.0, 31.0]}
+    part = {"shares": [0.0, 0.1, 0.2], "full_precision": curve, "ptq": curve, "qat": curve}
+    assert plots._pruning(axes, {"insight": {"importance": part}}, {})
+    assert [len(line.get_xdata()) for line in axes.get_lines()] == [2, 2, 2]  # type: ignore[arg-type]
 
 
 def test_verdicts_follow_the_figures() -> None:

@@ -21,6 +21,7 @@ _CLAIMS = (
     ("fewer activations fall outside a fixed range", "activations", "beyond_static", False, 2, "%"),
     ("outlier channels become fewer", "activations", "outlier_channels", False, 2, "%"),
     ("importance concentrates in fewer neurons", "importance", "taylor_top", True, 1, "%"),
+    ("importance concentrates, by Fisher information", "importance", "fisher_top", True, 1, "%"),
     ("more channels can be pruned", "importance", "tolerated", True, 1, "%"),
 )
 
@@ -140,7 +141,8 @@ def _importance(part: Mapping[str, Any]) -> str:
     return (
         f"The most important tenth of the MLP channels carries {percent(qat['taylor_top'], 1)} of the "
         f"importance after "
-        f"training, {percent(full['taylor_top'], 1)} at full precision. Without the least important "
+        f"training, {percent(full['taylor_top'], 1)} at full precision (by Fisher information "
+        f"{percent(qat['fisher_top'], 1)} and {percent(full['fisher_top'], 1)}). Without the least important "
         f"channels the "
         f"perplexity rises by {percent(part['rise'])} when {percent(full['tolerated'], 1)} are gone at "
         f"full precision, "

@@ -124,7 +124,9 @@ def _pruning(axes: Axes, report: Mapping[str, Any], curves: Curves) -> bool:
     if not importance:
         return False
     for (model, label), colour in zip(MODELS, (GREEN, ORANGE, BLUE), strict=True):
-        axes.plot([100 * share for share in importance["shares"]], importance[model]["perplexities"], "o-",
+        perplexities = importance[model]["perplexities"]  # fewer than shares where the model was ruined
+        shares = [100 * share for share in importance["shares"][: len(perplexities)]]
+        axes.plot(shares, perplexities, "o-",
                   color=colour, label=label, ms=4)  # fmt: skip
     axes.set(xlabel="MLP channels switched off, per cent", ylabel="perplexity", yscale="log")
     axes.legend(frameon=False)
