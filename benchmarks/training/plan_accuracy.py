@@ -178,6 +178,7 @@ def torchtune_8b() -> tuple[str, float, float, str]:
             "data": {"block_size": 512},
             "quantization": {"weights": {"bits": 4, "granularity": "group", "group_size": 256}},
             "qat": {"trainable": "all", "global_batch_tokens": 6144, "distillation": {"kind": "none"}},
+            "export": [],
         }
     )
     cluster = parse_cluster("6xA100-80GB")

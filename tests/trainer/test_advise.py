@@ -47,6 +47,7 @@ def recipe(bits: float = 4) -> Recipe:
             "data": {"block_size": 2048},
             "quantization": {"weights": {"bits": bits}},
             "qat": {"tokens": 10_000_000, "global_batch_tokens": 262_144},
+            "export": [],
         }
     )
 

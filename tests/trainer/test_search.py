@@ -45,6 +45,7 @@ def recipe(**quantization: object) -> Recipe:
             "data": {"train": [{"kind": "random"}], "block_size": 32},
             "quantization": {"weights": {"bits": 4, "range": "mse"}} | quantization,
             "qat": {"tokens": 320},
+            "export": [],
         }
     )
 

@@ -137,7 +137,9 @@ def _check_ptq(recipe: Recipe) -> None:
         raise ValueError(f"ptq.initialize_from '{start}' is not measured; add it to ptq.methods")
     for name in ptq.methods:
         if name in (*_COMPENSATING, *_RANGES) and not quantizes_weights(recipe):
-            raise ValueError(f"ptq.methods '{name}' rounds weights; set quantization.weights, or use rtn")
+            raise ValueError(
+                f"ptq.methods '{name}' rounds weights, and quantization.weights is null; set it, or use rtn"
+            )
         if name == "smoothquant" and not (quantizes_weights(recipe) and quantizes_inputs(recipe)):
             raise ValueError(
                 "ptq.methods 'smoothquant' moves range from inputs into weights; quantize both, or use awq"
