@@ -13,7 +13,7 @@ SWEEP = """
 name: bits
 recipe: tiny-random-w4a8
 at_once: 2
-overrides: [qat.tokens=5120]
+overrides: [qat.tokens=5120, "export=[]"]
 parameters:
   quantization.weights.bits: [4, 3]
   qat.method: [lsq, minmax]
