@@ -45,7 +45,8 @@ def section(report: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
     if found.get("scales"):
         yield from ("", "| what costs most | layers | perplexity without its quantization |", "|---|---|---|")
         for group in found["scales"]["ablation"]["groups"][:8]:
-            yield f"| {group['name']} | {group['layers']} | {number(group['perplexity'])} |"
+            if group["cost"] > 0:
+                yield f"| {group['name']} | {group['layers']} | {number(group['perplexity'])} |"
 
 
 if __name__ == "__main__":

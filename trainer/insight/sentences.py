@@ -169,6 +169,14 @@ def _scales(part: Mapping[str, Any]) -> str:
             f"override for "
             f"*.{roles[0]['name']} in the recipe, or `qatapult search`."
         )
+    elif blocks and roles:
+        worst = roles[-1]
+        text += (
+            f"No kind of layer costs anything by itself any more: trained weights rely on being rounded, and without "
+            f"the quantization of {worst['name']} the perplexity rises from "
+            f"{number(part['ablation']['perplexity'])} to {number(worst['perplexity'])}. The block that costs "
+            f"most is {blocks[0]['name']} (→ {number(blocks[0]['perplexity'])})."
+        )
     ablation = part["ablation"]
     text += f" Each was switched off alone, on {ablation['tokens']:,} tokens"
     if ablation["blocks_tried"] < ablation["blocks"]:
