@@ -12,7 +12,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -157,6 +157,40 @@ class MakeRun(Protocol):
     def __call__(
         self, name: str = "demo", upto: str | None = "export", points: int = 64, packed: float = 16.53
     ) -> RunFolder: ...
+
+
+@pytest.fixture(scope="session")
+def trainer_for() -> Callable[..., Any]:
+    """Builds a trainer of the tiny model in this process, for ten short steps unless it is told otherwise."""
+    return build_trainer
+
+
+def build_trainer(folder: Path, *overrides: str) -> Any:
+    from accelerate import Accelerator
+
+    from qatapult.trainer.console import Console
+    from qatapult.trainer.data.blocks import load_data
+    from qatapult.trainer.distill.teacher import InProcessTeacher
+    from qatapult.trainer.loop.metrics import MetricsLog
+    from qatapult.trainer.loop.training import Trainer
+    from qatapult.trainer.models import load_model, load_tokenizer
+    from qatapult.trainer.quantize.prepare import prepare
+    from qatapult.trainer.recipe.loading import load_recipe
+
+    recipe = load_recipe("tiny-random-w4a8", ["qat.tokens=1280", "data.evaluation_blocks=2", *overrides])
+    model = load_model(recipe.model)
+    prepare(model, recipe.quantization, recipe.qat.method)
+    run = RunFolder(folder)
+    return Trainer(
+        Accelerator(cpu=True),
+        recipe,
+        model,
+        InProcessTeacher(load_model(recipe.model)),
+        load_data(recipe, load_tokenizer(recipe.model)),
+        run.checkpoints,
+        MetricsLog(run),
+        Console(quiet=True),
+    )
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from qatapult.trainer.loop.checkpoint import list_checkpoints, read_manifest
 from qatapult.trainer.run_folder import RunFolder
 
 HERE = Path(__file__).parent
@@ -33,6 +34,10 @@ FSDP = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
 }
+
+
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def free_port() -> int:
@@ -104,12 +109,21 @@ def test_uneven_batches_count_no_token_twice(alone: dict[str, Any], tmp_path: Pa
     assert_same(run("ddp", 3, tmp_path), alone)
 
 
-# ZeRO-3 makes DeepSpeed build a C++ operator first, for minutes, once a machine.
 @pytest.mark.parametrize("engine", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_deepspeed(engine: str, alone: dict[str, Any], tmp_path: Path) -> None:
     result = run(engine, 2, tmp_path)
     assert "DEEPSPEED" in result["engine"]
     assert_same(result, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["zero2-offload", "zero3-offload"])
+def test_states_in_main_memory(engine: str, tmp_path: Path, alone: dict[str, Any]) -> None:
+    """On a CPU all is in main memory anyway, but the engine goes through the motions; and a checkpoint comes back."""
+    arguments, environment = command(engine, 2, tmp_path, (*CALM, "stop=9"))
+    subprocess.run(arguments, env=environment, capture_output=True, timeout=280, check=False)
+    assert len(losses(tmp_path)) == 10
+    assert_same(run(engine, 2, tmp_path), alone)
 
 
 def test_fsdp2(alone: dict[str, Any], tmp_path: Path) -> None:
@@ -187,3 +201,63 @@ def test_ddp_waits_for_no_gradient_of_what_a_schedule_leaves_out(tmp_path: Path)
     alone, shared = (run("none", n, tmp_path / str(n), *late) for n in (1, 2))
     assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4)
     assert shared["scales"] == pytest.approx(alone["scales"], rel=1e-4)
+
+
+def events(folder: Path) -> list[tuple[str, int]]:
+    return [(line["event"], line["step"]) for line in RunFolder(folder).read_metrics() if "event" in line]
+
+
+@pytest.mark.parametrize("engine", ["zero2", *(slow(name) for name in ("ddp", "fsdp2", "zero1", "zero3"))])
+def test_a_nan_on_one_rank_is_left_out_by_all(engine: str, tmp_path: Path) -> None:
+    """Two micro-batches a step, and the second has the NaN: nothing of the first may stay behind."""
+    options = ("nan=2,5,6,7", "qat.batch_size=1", "qat.checkpoints.every_tokens=512", "qat.tokens=2560")
+    alone = run("none", 1, tmp_path / "alone", *options)
+    two = run(engine, 2, tmp_path / "two", *options)
+    expected = [("skip", 3), ("skip", 6), ("skip", 7), ("skip", 8), ("rollback", 5)]
+    assert events(tmp_path / "alone") == expected
+    assert events(tmp_path / "two") == expected
+    assert_same(two, alone)
+
+
+CHANGES = [
+    (("fsdp2", 2), ("none", 1)),
+    *(
+        slow(before, after)
+        for before, after in [
+            (("ddp", 2), ("none", 1)),
+            (("none", 1), ("zero3", 2)),
+            (("fsdp2", 2), ("ddp", 2)),
+            (("zero2", 2), ("none", 1)),
+            (("zero3", 2), ("fsdp2", 2)),
+            (("zero1", 4), ("zero3", 2)),
+            (("ddp", 3), ("zero2", 2)),
+            (("zero3", 4), ("zero2", 2)),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_a_run_goes_on_under_another_engine(
+    before: tuple[str, int], after: tuple[str, int], alone: dict[str, Any], tmp_path: Path
+) -> None:
+    arguments, environment = command(*before, tmp_path, (*CALM, "stop=9"))
+    subprocess.run(arguments, env=environment, capture_output=True, timeout=280, check=False)
+    [checkpoint] = list_checkpoints(RunFolder(tmp_path).checkpoints)[-1:]
+    assert read_manifest(checkpoint)["processes"] == before[1]
+    assert read_manifest(checkpoint)["step"] == 10
+    assert len(losses(tmp_path)) == 10
+    assert_same(run(*after, tmp_path), alone)
+
+
+@pytest.mark.parametrize("engine", ["ddp", slow("fsdp2"), slow("zero2")])
+def test_a_rank_that_hangs_is_named_by_the_others(engine: str, tmp_path: Path) -> None:
+    options = ("hang=2", "qat.tokens=1024", "qat.guards.hang_timeout=4")
+    arguments, environment = command(engine, 2, tmp_path, (*CALM, *options))
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    named = [line for line in done.stderr.splitlines() if "hangs or falls behind" in line]
+    assert named
+    assert all("rank 1 on " in line.partition("hangs")[0] for line in named)
+    assert "1 other waits" in named[0]
+    assert len(losses(tmp_path)) == 4

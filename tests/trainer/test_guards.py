@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
-from qatapult.trainer.console import Console
-from qatapult.trainer.data.blocks import load_data
-from qatapult.trainer.distill.teacher import InProcessTeacher
 from qatapult.trainer.loop.checkpoint import list_checkpoints, verify_checkpoint
-from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.training import Trainer
-from qatapult.trainer.loop.watchdog import Watchdog
-from qatapult.trainer.models import load_model, load_tokenizer
-from qatapult.trainer.quantize.prepare import prepare, quant_layers
+from qatapult.trainer.loop.watchdog import Pulse, Watchdog, describe, split
+from qatapult.trainer.quantize.prepare import quant_layers
 from qatapult.trainer.recipe.errors import UserError
-from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.run_folder import RunFolder
 
-
-def trainer_for(folder: Path, *overrides: str) -> Trainer:
-    recipe = load_recipe("tiny-random-w4a8", ["qat.tokens=1280", "data.evaluation_blocks=2", *overrides])
-    model = load_model(recipe.model)
-    prepare(model, recipe.quantization, recipe.qat.method)
-    run = RunFolder(folder)
-    return Trainer(
-        Accelerator(cpu=True),
-        recipe,
-        model,
-        InProcessTeacher(load_model(recipe.model)),
-        load_data(recipe, load_tokenizer(recipe.model)),
-        run.checkpoints,
-        MetricsLog(run),
-        Console(quiet=True),
-    )
+TrainerFor = Callable[..., Trainer]
 
 
 def events(folder: Path) -> list[str]:
@@ -62,7 +41,9 @@ def poison(trainer: Trainer, steps: set[int], monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(trainer, "_step", step)
 
 
-def test_a_step_with_nan_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_with_nan_is_left_out(
+    tmp_path: Path, trainer_for: TrainerFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = trainer_for(tmp_path)
     poison(trainer, {3}, monkeypatch)
     state = trainer.train()
@@ -72,7 +53,7 @@ def test_a_step_with_nan_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_three_in_a_row_go_back_to_the_checkpoint_with_a_lower_rate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, trainer_for: TrainerFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_for(tmp_path, "qat.checkpoints.every_tokens=256")
     poison(trainer, {4, 5, 6}, monkeypatch)
@@ -82,7 +63,7 @@ def test_three_in_a_row_go_back_to_the_checkpoint_with_a_lower_rate(
 
 
 def test_a_run_that_keeps_diverging_stops_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, trainer_for: TrainerFor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = trainer_for(tmp_path, "qat.checkpoints.every_tokens=128", "qat.guards.max_rollbacks=1")
     poison(trainer, set(range(2, 500)), monkeypatch)
@@ -90,7 +71,9 @@ def test_a_run_that_keeps_diverging_stops_and_says_so(
         trainer.train()
 
 
-def test_a_collapsed_scale_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_collapsed_scale_is_caught(
+    tmp_path: Path, trainer_for: TrainerFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = trainer_for(tmp_path, "qat.checkpoints.every_tokens=128")
     original, calls = trainer.optimizer.step, iter(range(100))
 
@@ -104,26 +87,26 @@ def test_a_collapsed_scale_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "scale_collapsed" in events(tmp_path)
 
 
-def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
+def test_early_stopping_keeps_the_best(tmp_path: Path, trainer_for: TrainerFor) -> None:
     options = ("qat.evaluate_every_tokens=128", "qat.early_stopping=2", "qat.optimizer.learning_rate=3e-2")
     state = trainer_for(tmp_path, "qat.optimizer.schedule=constant", *options).train()
     assert state.step < 10
     assert state.best_step == min(state.curve, key=lambda point: point["perplexity"])["step"]
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, trainer_for: TrainerFor) -> None:
     trainer_for(tmp_path, "qat.tokens=256").train()
     newest = list_checkpoints(RunFolder(tmp_path).checkpoints)[-1]
     verify_checkpoint(newest)
-    victim = newest / "model.safetensors"
+    victim = newest / "weights-0.safetensors"
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(UserError, match=r"weights-0\.safetensors is damaged"):
         trainer_for(tmp_path, "qat.tokens=512").train()
 
 
-def test_a_progressive_schedule_ends_on_the_target_grid(tmp_path: Path) -> None:
+def test_a_progressive_schedule_ends_on_the_target_grid(tmp_path: Path, trainer_for: TrainerFor) -> None:
     phases = "[{weights: {bits: 8}, fraction: 0.5}, {weights: {bits: 4}, fraction: 0.5}]"
     trainer = trainer_for(tmp_path, f"qat.schedule.phases={phases}", "qat.evaluate_every_tokens=640")
     state = trainer.train()
@@ -140,7 +123,34 @@ def test_a_hang_names_the_rank(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rank 3" in capsys.readouterr().err
 
 
-def test_metrics_are_json_lines_under_the_agreed_names(tmp_path: Path) -> None:
+def test_the_rank_that_passed_the_fewest_places_is_named() -> None:
+    pulses = [Pulse(rank, "node1", 40 - 3 * (rank == 2), f"place {rank}") for rank in range(4)]
+    behind, others = split(pulses)
+    said = describe(behind, others, 61.0)
+    assert said.startswith("rank 2 on node1 hangs or falls behind, at place 2; 3 others wait, at place 0")
+    assert "61 s (qat.guards.hang_timeout)" in said
+
+
+def test_out_of_memory_names_the_plan_and_three_settings(
+    tmp_path: Path, trainer_for: TrainerFor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_for(tmp_path)
+
+    def step() -> Any:
+        return torch.empty(2**60)
+
+    monkeypatch.setattr(trainer, "_step", step)
+    with pytest.raises(UserError) as caught:
+        trainer.train()
+    said = str(caught.value)
+    assert "rank 0 is out of memory" in said
+    assert "single needs about" in said
+    for setting in ("qat.gradient_checkpointing=true", "qat.batch_size=1", "fsdp2 or zero3", "qatapult plan"):
+        assert setting in said
+    assert "\n" not in said
+
+
+def test_metrics_are_json_lines_under_the_agreed_names(tmp_path: Path, trainer_for: TrainerFor) -> None:
     trainer_for(tmp_path, "qat.tokens=256").train()
     lines = [json.loads(line) for line in RunFolder(tmp_path).metrics.read_text().splitlines()]
     names = {"train/loss", "train/kl", "train/learning_rate", "train/grad_norm", "train/tokens_per_second"}

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +19,7 @@ from qatapult.trainer.console import Console
 from qatapult.trainer.context import Context
 from qatapult.trainer.insight import activations, importance, parts, scales, weights
 from qatapult.trainer.insight.sentences import claims, sentences
-from qatapult.trainer.loop.checkpoint import list_checkpoints
+from qatapult.trainer.loop.checkpoint import list_checkpoints, stored_tensors
 from qatapult.trainer.loop.engine import create_accelerator
 from qatapult.trainer.quantize.modules import QuantizedWeight
 from qatapult.trainer.quantize.prepare import quant_layers
@@ -221,36 +220,24 @@ def code_histories(
     checkpoints: Path, before: Mapping[str, QuantizedWeight], after: Mapping[str, QuantizedWeight]
 ) -> dict[str, list[Tensor]]:
     """Codes of each layer at the start of training, at every checkpoint that was kept, and at its end."""
-    files = [folder / "model.safetensors" for folder in list_checkpoints(checkpoints)]
-    kept = [_codes_in(file, after) for file in files if file.exists()]
+    kept = [_codes_in(folder, after) for folder in list_checkpoints(checkpoints)]
     return {
         name: [before[name].codes(), *(codes[name] for codes in kept if name in codes), layer.codes()]
         for name, layer in after.items()
     }
 
 
-def _codes_in(file: Path, layers: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
-    """Codes of the layers in a checkpoint; the file's names may have a prefix."""
+def _codes_in(folder: Path, layers: Mapping[str, QuantizedWeight]) -> dict[str, Tensor]:
+    """Codes of the layers in a checkpoint."""
+    stored = stored_tensors(folder, "weights")
     codes = {}
-    with safe_open(file, "pt") as tensors:
-        names = set(tensors.keys())
-        for name, layer in layers.items():
-            prefix = next(
-                (p for p in ("", "model.", "module.model.") if f"{p}{name}.weight_scale" in names), None
-            )
-            if prefix is None or layer.weight_scheme is None:
-                continue
-            stored = {
-                part: tensors.get_tensor(f"{prefix}{name}.{part}")
-                if f"{prefix}{name}.{part}" in names
-                else None
-                for part in ("weight", "weight_scale", "weight_zero_point")
-            }
-            weight, scale = stored["weight"], stored["weight_scale"]
-            assert weight is not None
-            assert scale is not None
-            matrix = weight.float().flatten(1)
-            codes[name] = quantize(matrix, scale, stored["weight_zero_point"], layer.weight_scheme)
+    for name, layer in layers.items():
+        scale_name, zero_name = f"{name}.weight_scale", f"{name}.weight_zero_point"
+        if scale_name not in stored.shapes or layer.weight_scheme is None:
+            continue
+        matrix = stored.whole(f"{name}.weight").float().flatten(1)
+        zero_point = stored.whole(zero_name) if zero_name in stored.shapes else None
+        codes[name] = quantize(matrix, stored.whole(scale_name), zero_point, layer.weight_scheme)
     return {name: tensor.to(layers[name].weight.device) for name, tensor in codes.items()}
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from importlib.resources import files
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -33,6 +35,9 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     if recipe.qat.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("qat.precision 'fp16' needs a GPU; use auto, bf16 or fp32")
     backend = None if torch.cuda.is_available() else "gloo"
+    _find_deepspeed_config()
+    if backend == "gloo" and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        _build_no_operators()
     handlers = [InitProcessGroupKwargs(backend=backend, timeout=_LONGEST_WAIT)]
     if _distributed():
         state = PartialState(cpu=_plain_ddp_on_cpu(), backend=backend, timeout=_LONGEST_WAIT)
@@ -50,6 +55,21 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
         # Stages that the main process runs alone load whole models; `prepare` shards the one that trains.
         unset_hf_deepspeed_config()
     return accelerator
+
+
+def _find_deepspeed_config() -> None:
+    """Let the shipped Accelerate configs name the shipped DeepSpeed ones from any working folder."""
+    named = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
+    shipped = Path(str(files("qatapult.configs"))) / named.removeprefix("configs/")
+    if named.startswith("configs/") and not Path(named).exists() and shipped.exists():
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(shipped)
+
+
+def _build_no_operators() -> None:
+    """Keep DeepSpeed from compiling an all-reduce in C++, for minutes: on CPUs gloo's is there."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def autocast_precision(qat: Qat) -> str:
@@ -109,14 +129,24 @@ def prepare_student(
     return accelerator.prepare(student, optimizer)
 
 
-def steps_inside_backward(accelerator: Accelerator) -> bool:
-    """Whether the engine clips, steps and clears gradients at the end of the last backward pass (DeepSpeed)."""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED
+def backward(accelerator: Accelerator, loss: Tensor, factor: float) -> None:
+    """Backward pass of a micro-batch.
+
+    DeepSpeed clips, steps and clears gradients at the end of a step's last one, unless a gradient is not finite. So a
+    loss that is not finite makes all gradients NaN, and the step is left out there as it is under the other engines.
+
+    Args:
+        accelerator: the engine.
+        loss: scalar.
+        factor: on the loss.
+    """
+    ones = torch.ones_like(loss)
+    accelerator.backward(loss * factor * torch.where(torch.isfinite(loss.detach()), ones, ones * torch.nan))
 
 
 def gradient_norm(accelerator: Accelerator, model: nn.Module, limit: float) -> float:
     """Clip the gradients of all processes together, or ask DeepSpeed, which has done it; the norm before."""
-    if steps_inside_backward(accelerator):
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return float(accelerator.deepspeed_engine_wrapped.get_global_grad_norm())
     norm = accelerator.clip_grad_norm_(model.parameters(), limit)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

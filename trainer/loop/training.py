@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,27 +21,22 @@ from qatapult.trainer.distill.student import LossParts, Student
 from qatapult.trainer.distill.teacher import Teacher
 from qatapult.trainer.evaluate.perplexity import Perplexity, perplexity
 from qatapult.trainer.loop.batches import BatchPlan
-from qatapult.trainer.loop.checkpoint import (
-    TrainerState,
-    list_checkpoints,
-    load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from qatapult.trainer.loop.checkpoint import Checkpointer, TrainerState
 from qatapult.trainer.loop.engine import (
+    backward,
     configure_forward,
     gradient_norm,
     local_tensors,
     prepare_student,
-    steps_inside_backward,
 )
 from qatapult.trainer.loop.interrupt import Interrupted, InterruptFlag
 from qatapult.trainer.loop.loader import Loader
 from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.optimizer import build_optimizer, grid_scales, select_trainable
+from qatapult.trainer.loop.out_of_memory import explained_out_of_memory
 from qatapult.trainer.loop.quantization_schedule import apply_schedule, on_deployed_grid
 from qatapult.trainer.loop.schedules import rate_factor
-from qatapult.trainer.loop.watchdog import Watchdog
+from qatapult.trainer.loop.watchdog import Watchdog, process_store
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.schema import Recipe
 from qatapult.trainer.recipe.steps import blocks_per_step, optimizer_steps, tokens_per_step
@@ -119,7 +115,10 @@ class Trainer:
         self.state = TrainerState(peak_rates=[group["lr"] for group in optimizer.param_groups])
         student = Student(model, self.qat.distillation)
         self.student, self.optimizer = prepare_student(accelerator, recipe, student, optimizer)
-        self._steps_inside_backward = steps_inside_backward(accelerator)
+        self.saver = Checkpointer(
+            accelerator, model, self.optimizer, checkpoints, self.qat.checkpoints, log.owner
+        )
+        self._at: Callable[[str], None] = lambda place: None  # tells the watchdog, while there is one
         self._skipped_in_a_row = 0
         self._last_checkpoint = time.monotonic()
 
@@ -131,14 +130,16 @@ class Trainer:
             UserError: if the run diverges more often than the recipe allows.
         """
         self._resume()
+        plan, timeout = self.plan, self.qat.guards.hang_timeout
         with (
+            explained_out_of_memory(self.accelerator, self.recipe),
             InterruptFlag() as flag,
-            Watchdog(self.qat.guards.hang_timeout, self.plan.rank) as watchdog,
+            Watchdog(timeout, plan.rank, plan.world_size, process_store()) as watchdog,
             self.console.progress(self.steps * self.tokens_per_step, "qat") as meter,
             closing(self.loader),
         ):
+            self._at = watchdog.beat
             while self.state.step < self.steps and not self._stop_early():
-                watchdog.beat()
                 started = time.perf_counter()
                 result = self._step()
                 seconds = time.perf_counter() - started
@@ -153,9 +154,11 @@ class Trainer:
                 evaluated = self._evaluate_if_due()
                 if self._interrupted(flag):
                     self._save()
+                    self.saver.finish()
                     raise Interrupted
                 if evaluated or self._checkpoint_is_due():
                     self._save()
+            self.saver.finish()
         return self.state
 
     def step(self) -> StepResult:
@@ -181,9 +184,7 @@ class Trainer:
         """Put the best checkpoint's weights into the model."""
         best = self.checkpoints / f"step-{self.state.best_step}"
         if self.state.best_step not in (None, self.state.step) and best.exists():
-            state = self.state
-            load_checkpoint(self.accelerator, best)
-            self.state = state
+            self.saver.load_weights(best)
 
     def _step(self) -> StepResult:
         """One optimizer step; the losses and gradients are averages over all tokens of all processes."""
@@ -191,23 +192,26 @@ class Trainer:
         self._apply_schedules()
         sums = torch.zeros(5, dtype=torch.float64, device=self.accelerator.device)
         started = time.perf_counter()
+        self._at("the data")
         batches = self.loader.step(self.state.step)
         loader_seconds = time.perf_counter() - started
         positions = self._positions_per_block() * self.plan.blocks_per_step
         for batch in batches:
+            self._at("the teacher's forward pass")
             with self.accelerator.accumulate(self.student):
                 signal = batch.signal
                 if signal is None and self.teacher is not None:
                     signal = self.teacher.signal(batch.ids, batch.indices)
+                self._at("the student's forward pass")
                 parts: LossParts = self.student(batch.ids, batch.present, signal)
                 del signal  # the teacher's head and states need not outlive the forward pass
-                if self._steps_inside_backward and self._anywhere(not math.isfinite(float(parts.loss))):
-                    return StepResult(math.nan, math.nan, math.nan, loader_seconds)
                 # DDP averages over processes and `backward` over micro-batches: undo both, so that the sum
                 # over all tokens is divided by their number and by nothing else.
                 share = self.plan.world_size * self.plan.micro_batches / positions
-                self.accelerator.backward(parts.loss * share)
+                self._at("the backward pass")
+                backward(self.accelerator, parts.loss, share)
                 sums += self._sums(parts)
+        self._at("the gradient's norm")
         norm = gradient_norm(self.accelerator, self.student, self.qat.optimizer.gradient_clip)
         loss, kl, tokens, hidden, attention = self.accelerator.reduce(sums, "sum").tolist()
         distillation = self.qat.distillation
@@ -252,9 +256,7 @@ class Trainer:
         self.state.tokens += self.tokens_per_step
         self._skipped_in_a_row += 1
         self.log.event("skip", self.state.step, self.state.tokens)
-        # An engine that steps inside backward has no gradients to leave out: it goes back at once.
-        allowed = 1 if self._steps_inside_backward else self.qat.guards.max_skipped_steps
-        if self._skipped_in_a_row >= allowed:
+        if self._skipped_in_a_row >= self.qat.guards.max_skipped_steps:
             self._roll_back(f"{self._skipped_in_a_row} steps in a row had NaN or inf")
         return False
 
@@ -272,18 +274,17 @@ class Trainer:
     def _roll_back(self, reason: str) -> None:
         """Back to the newest checkpoint with a lower learning rate; all processes come here together."""
         guards = self.qat.guards
-        whole = list_checkpoints(self.checkpoints)
+        newest = self.saver.newest()
         rollbacks, factor = self.state.rollbacks + 1, self.state.rate_factor * guards.rollback_learning_rate
-        if rollbacks > guards.max_rollbacks or not whole:
+        if rollbacks > guards.max_rollbacks or newest is None:
             raise UserError(
                 f"training diverged at step {self.state.step}: {reason}, after {self.state.rollbacks} rollbacks; "
                 "lower qat.optimizer.learning_rate or raise the bits"
             )
         skipped = self.state.skipped_steps
-        self.state = load_checkpoint(self.accelerator, whole[-1])
+        self.state = self.saver.load(newest)
         self.state.rollbacks, self.state.rate_factor, self.state.skipped_steps = rollbacks, factor, skipped
         self._skipped_in_a_row = 0
-        self.accelerator.step = 0  # a step that ended early left the count of micro-batches uneven
         self.log.event("rollback", self.state.step, self.state.tokens)
         self.log.alert("rollback", f"{reason}: back to step {self.state.step}, learning rate × {factor:g}")
         self.console.warn(f"{reason}: back to step {self.state.step}, learning rate × {factor:g}")
@@ -317,6 +318,7 @@ class Trainer:
         crossed = self.state.tokens // every > (self.state.tokens - self.tokens_per_step) // every
         if not crossed and self.state.step < self.steps:
             return False
+        self._at("an evaluation")
         value = self.evaluate().value
         state = self.state
         state.curve.append({"tokens": state.tokens, "step": state.step, "perplexity": value})
@@ -350,16 +352,15 @@ class Trainer:
         return bool(self.accelerator.reduce(due.to(self.accelerator.device), "sum") > 0)
 
     def _save(self) -> None:
-        folder = self.checkpoints / f"step-{self.state.step}"
-        save_checkpoint(self.accelerator, folder, self.state, self.log.owner)
-        if self.accelerator.is_main_process:
-            prune_checkpoints(self.checkpoints, self.qat.checkpoints.keep, self.state.best_step)
+        self._at("a checkpoint")
+        self.saver.save(self.state)
         self._last_checkpoint = time.monotonic()
 
     def _resume(self) -> None:
-        whole = list_checkpoints(self.checkpoints)
-        if whole:
-            self.state = load_checkpoint(self.accelerator, whole[-1])
+        self.saver.clean()
+        newest = self.saver.newest()
+        if newest is not None:
+            self.state = self.saver.load(newest)
             self.log.truncate(self.state.step)
             self.console.say(f"resuming from step {self.state.step} of {self.steps}")
         else:

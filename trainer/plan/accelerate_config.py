@@ -93,7 +93,6 @@ def deepspeed_config(setting: Setting) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(shipped.read_text(encoding="utf-8"))
     if setting.offload != "none":
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        config["zero_force_ds_cpu_optimizer"] = True
     if setting.offload == "parameters":
         config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
     return config

@@ -431,6 +431,10 @@ class Checkpoints(Section):
     )
     every_seconds: Positive = Field(600, description="Longest time between checkpoints.")
     keep: Positive = Field(2, description="Newest checkpoints to keep, besides the best.")
+    asynchronous: bool | Literal["auto"] = Field(
+        "auto",
+        description="Write from a copy in main memory while training goes on; `auto` does so for GPUs.",
+    )
 
 
 QatMethod = Literal["lsq", "lsq+", "minmax", "pact", "seq", "ternary", "binary"]
