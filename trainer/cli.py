@@ -16,6 +16,7 @@ COMMAND_MODULES = (
     "qatapult.trainer.commands.train",
     "qatapult.trainer.commands.recipe",
     "qatapult.trainer.commands.teacher",
+    "qatapult.trainer.commands.checkpoint",
     "qatapult.trainer.commands.plan",
     "qatapult.trainer.commands.advise",
     "qatapult.trainer.commands.search",
