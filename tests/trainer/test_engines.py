@@ -257,7 +257,5 @@ def test_a_rank_that_hangs_is_named_by_the_others(engine: str, tmp_path: Path) -
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     named = [line for line in done.stderr.splitlines() if "hangs or falls behind" in line]
-    assert named
-    assert all("rank 1 on " in line.partition("hangs")[0] for line in named)
-    assert "1 other waits" in named[0]
+    assert any(line.startswith("qatapult: rank 1 on ") and "1 other waits" in line for line in named)
     assert len(losses(tmp_path)) == 4

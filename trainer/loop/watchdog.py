@@ -83,13 +83,20 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(min(self.timeout / 4, _LONGEST_INTERVAL)):
-            if self._store is not None:
-                self._store.set(_key(self.rank), json.dumps(asdict(self._pulse)))
+            self._publish()
             silent = time.monotonic() - self._last
             if silent >= self.timeout:
                 self.warnings += 1
                 self._report(silent)
                 self._last = time.monotonic()
+
+    def _publish(self) -> None:
+        if self._store is None:
+            return
+        try:
+            self._store.set(_key(self.rank), json.dumps(asdict(self._pulse)))
+        except RuntimeError:  # its host is gone, and the launcher will end this process too
+            self._store = None
 
     def _report(self, silent: float) -> None:
         behind, others = split(self._pulses())
