@@ -24,6 +24,7 @@ ROOT = HERE.parents[1]
 CALM = (
     "quantization.activations=null",
     "qat.optimizer.learning_rate=1e-5",
+    "qat.tokens=5120",
     "qat.evaluate_every_tokens=1280",
     "qat.global_batch_tokens=256",
 )
