@@ -23,6 +23,8 @@ def int_matmul_cpu(a: Tensor, b: Tensor) -> Tensor:
     """`a · bᵀ` in int32, exact; see `int_matmul`."""
     if not a.numel() or not b.numel():
         return a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.int32)
+    if a.shape[1] == 1:  # torch 2.13's `_int_mm` returns memory that it did not write
+        return a.int() * b.int().t()
     if torch.cpu._is_vnni_supported():
         return torch._int_mm(a.contiguous(), b.contiguous().t())
     span = (EXACT_FLOAT32 - 1) // MAX_ACTIVATION**2
@@ -87,7 +89,7 @@ def _float_product(
         return scale_product(accumulator, token_scale, scale[:, 0])
     total = torch.zeros((codes.shape[0], operand.shape[1]))
     for group, part in enumerate(codes.split(operand.shape[2], dim=1)):
-        accumulator = torch._int_mm(part.contiguous(), operand[group].t()).float()
+        accumulator = int_matmul_cpu(part, operand[group]).float()
         if shift is not None:
             row_sum = part.sum(1, keepdim=True, dtype=torch.int32).float()
             accumulator = accumulator - row_sum * shift[:, group]

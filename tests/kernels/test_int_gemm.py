@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qatapult.kernels import Scheme, int_matmul, quantize_activations
@@ -16,6 +16,7 @@ TOKENS = Scheme(granularity="token")
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 40), st.integers(1, 40), st.integers(1, 300), st.integers(0, 99))
+@example(3, 5, 1, 0)
 def test_int_matmul_is_exact_on_every_shape(m: int, n: int, k: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     a = torch.randint(-128, 128, (m, k), dtype=torch.int8, generator=generator)

@@ -200,7 +200,8 @@ def test_a_killed_run_goes_on(engine: str, tmp_path: Path) -> None:
 def test_ddp_waits_for_no_gradient_of_what_a_schedule_leaves_out(tmp_path: Path) -> None:
     late = ("qat.schedule.weights_start=0.5", "qat.tokens=1280")
     alone, shared = (run("none", n, tmp_path / str(n), *late) for n in (1, 2))
-    assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    # Before the start the student is its teacher, and what is lost to rounding some 1e-6.
+    assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4, abs=1e-7)
     assert shared["scales"] == pytest.approx(alone["scales"], rel=1e-4)
 
 

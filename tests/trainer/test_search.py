@@ -299,7 +299,10 @@ def test_another_question_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         (["--budget", "tokens_per_second=5"], "needs --latency FILE"),
         (["--budget", "w8_fraction=0.1", "--candidates", "5"], "candidate '5': bits=5.0 is not one of"),
         (["--budget", "w8_fraction=0.1", "--candidates", "eight"], "is not BITS or BITS:GRANULARITY"),
-        (["--budget", "w8_fraction=0.1", "quantization.weights=null"], "quantization.weights is null"),
+        (
+            ["--budget", "w8_fraction=0.1", "quantization.weights=null", "ptq.methods=[rtn]", "export=[]"],
+            "quantization.weights is null",
+        ),
         (["--budget", "w8_fraction=0.1", "--measures", "guess"], "--measures 'guess' is not one of fisher"),
         (["--budget", "w8_fraction=0.1", "--blocks", "0"], "--blocks 0 must be positive"),
     ],
