@@ -172,7 +172,7 @@ def drawn(changes: tuple[str, ...]) -> Recipe | str:
     return recipe
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(overrides())
 def test_a_recipe_is_refused_in_one_line_or_it_trains(changes: tuple[str, ...]) -> None:
     recipe = drawn(changes)
