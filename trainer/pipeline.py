@@ -16,6 +16,7 @@ from qatapult.trainer.context import Context
 from qatapult.trainer.data.blocks import TokenizedData, check_data, load_data
 from qatapult.trainer.distill.cache import check_fits
 from qatapult.trainer.environment import describe_environment
+from qatapult.trainer.loop.disk_space import checkpoints_bytes, require_disk_space
 from qatapult.trainer.loop.engine import create_accelerator
 from qatapult.trainer.loop.interrupt import INTERRUPTED, Interrupted, current_flag
 from qatapult.trainer.models import check_model, empty_model, load_tokenizer
@@ -93,7 +94,11 @@ def check_inputs(recipe: Recipe, folder: RunFolder) -> TokenizedData:
     check_data(recipe.data)
     if recipe.qat.task is not None:
         check_data(task_data(recipe, recipe.qat.task))
-    layer_grids(empty_model(recipe.model), recipe.quantization)
+    model = empty_model(recipe.model)
+    layer_grids(model, recipe.quantization)
+    if not folder.stage("qat").exists():
+        needed = checkpoints_bytes(model, recipe.qat.checkpoints.keep)
+        require_disk_space(folder.checkpoints, needed, "checkpoints (qat.checkpoints.keep is how many)")
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
     distillation = recipe.qat.distillation

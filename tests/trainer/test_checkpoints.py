@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from qatapult.trainer.loop.checkpoint_writer import CheckpointWriter, Contents
 from qatapult.trainer.loop.fragments import Fragment, StoredTensors, write_fragments
 from qatapult.trainer.loop.training import Trainer
 from qatapult.trainer.loop.training_state import random_states, set_random_states
+from qatapult.trainer.pipeline import check_inputs
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import dump_recipe, load_recipe
 from qatapult.trainer.run_folder import RunFolder
@@ -167,3 +170,13 @@ def test_merge_writes_a_model_that_transformers_loads(
     scales = {name for name in stored if name not in loaded}
     assert any(name.endswith("weight_scale") for name in scales)
     assert "exists" in str(CliRunner().invoke(app, arguments).exception)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("tiny-random-w4a8", ["export=[]"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=5000))
+    with pytest.raises(UserError, match=r"checkpoints .* need about .* MiB and 0.0 MiB are free"):
+        check_inputs(recipe, RunFolder(tmp_path / "run"))
+    assert not any(tmp_path.iterdir())

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qatapult.trainer.data.packing import Blocks
 from qatapult.trainer.loop.blockwise import describe, text_and_passes, train_block
-from qatapult.trainer.loop.checkpoint import require_disk_space
+from qatapult.trainer.loop.disk_space import require_disk_space
 from qatapult.trainer.models import load_config
 from qatapult.trainer.quantize.prepare import prepare
 from qatapult.trainer.quantize.ptq.calibration import block_output, decoder_blocks, first_inputs
@@ -142,7 +142,7 @@ class _Store:
             _, arguments = side.first_inputs(text[:1])
             return arguments
         shape = (*text.shape, int(side.model.config.hidden_size))
-        require_disk_space(self._folder, _FILES_AT_A_TIME * 4 * int(np.prod(shape)))
+        require_disk_space(self._folder, _FILES_AT_A_TIME * 4 * int(np.prod(shape)), "activations of a block")
         out = self._create(name, 0, shape)
         for start in range(0, len(text), self._batch_size):
             hidden, arguments = side.first_inputs(text[start : start + self._batch_size])

@@ -305,18 +305,3 @@ def prune_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
     for path in whole[:-keep]:
         if path.name != f"step-{best_step}":
             shutil.rmtree(path)
-
-
-def require_disk_space(folder: Path, needed: int) -> None:
-    """Refuse to start what the disk has no room for.
-
-    Raises:
-        UserError: naming the folder and both sizes.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"{folder}: a checkpoint needs about {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
-            "free some space, keep fewer checkpoints (qat.checkpoints.keep), or choose another --runs folder"
-        )

@@ -21,7 +21,6 @@ from qatapult.trainer.stages import ptq
 from qatapult.trainer.stages.task import fine_tune
 from qatapult.trainer.stages.training import (
     build_teacher,
-    check_disk,
     load_trained,
     metrics_log,
     save_trained,
@@ -55,7 +54,6 @@ def recover(context: Context) -> dict[str, Any]:
     model = starting_point(context)
     if context.recipe.qat.trainable == "lora":
         lora.add_adapters(model, context.recipe.qat.lora_rank)
-    check_disk(context, model)
     trainer = Trainer(
         context.accelerator,
         context.recipe,

@@ -13,7 +13,6 @@ from qatapult.trainer.context import Context
 from qatapult.trainer.distill.cache import CachedTeacher
 from qatapult.trainer.distill.layers import pair_layers
 from qatapult.trainer.distill.teacher import InProcessTeacher, Teacher
-from qatapult.trainer.loop.checkpoint import require_disk_space
 from qatapult.trainer.loop.engine import multiplies_bf16
 from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.training import Trainer
@@ -77,10 +76,3 @@ def load_trained(context: Context) -> PreTrainedModel:
     untie_for(model, path)
     load_tensors(model, str(path), strict=not ties(model), device=str(context.device))
     return model.eval()
-
-
-def check_disk(context: Context, model: PreTrainedModel) -> None:
-    """Refuse to start without room for the checkpoints: weights, and two Adam moments of what trains."""
-    total = sum(parameter.numel() * 4 for parameter in model.parameters())
-    copies = context.recipe.qat.checkpoints.keep + 2
-    require_disk_space(context.run.path, 3 * total * copies)
