@@ -20,6 +20,7 @@ from qatapult.trainer.evaluate.kernels import counting
 from qatapult.trainer.evaluate.parity import compare, shortfall
 from qatapult.trainer.evaluate.perplexity import perplexity, token_losses
 from qatapult.trainer.evaluate.sliding import sliding_perplexity
+from qatapult.trainer.evaluate.tasks import find_tasks
 from qatapult.trainer.models import load_model
 from qatapult.trainer.quantize.convert import convert, packed_layers
 from qatapult.trainer.quantize.prepare import prepare, quant_layers
@@ -224,3 +225,15 @@ def test_bad_requests_end_in_one_line(arguments: list[str], says: str, run: Path
     done = qatapult(*(str(run) if part == "RUN" else part for part in arguments))
     assert isinstance(done.exception, UserError)
     assert says in str(done.exception)
+
+
+def test_the_cloze_task_asks_for_a_word_after_a_space() -> None:
+    """lm-eval puts its delimiter before answers of multiple choice, and nothing before a target's likelihood."""
+    from lm_eval import simple_evaluate
+
+    manager, names = find_tasks(["cpython_cloze"])
+    results = simple_evaluate(model="dummy", tasks=names, limit=3, task_manager=manager, bootstrap_iters=0)
+    for sample in results["samples"]["cpython_cloze"]:
+        ((context, target),) = sample["arguments"]
+        assert context == sample["doc"]["context"]
+        assert target == " " + sample["doc"]["word"]
