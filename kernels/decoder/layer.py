@@ -64,7 +64,10 @@ class FusedLayer:
     """A decoder layer whose linears are all packed integers.
 
     Args:
-        qkv, out, gate_up, down: its linears; those of one input share its scheme.
+        qkv: its linear of query, key and value, joined; they share the scheme of their input.
+        out: its linear after attention.
+        gate_up: its linear of gate and up, joined likewise.
+        down: its linear after the gate.
         norms: weights of the norms before attention and before the gate, fp32 or bf16 [hidden], and their eps.
         shape: its sizes.
     """
@@ -120,7 +123,8 @@ class FusedLayer:
 
         Args:
             x: [B, S, hidden], contiguous, of the norms' dtype.
-            cos, sin: [B, S, head size], contiguous, of the same dtype.
+            cos: [B, S, head size], contiguous, of the same dtype.
+            sin: as cos.
 
         Returns:
             Query [B, heads, S, head size], key and value [B, key heads, S, head size].

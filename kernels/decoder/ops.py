@@ -45,7 +45,8 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) · up`, silu rounded to the dtype before the product.
 
     Args:
-        gate, up: fp32, bf16 or fp16, [..., I], of one dtype.
+        gate: fp32, bf16 or fp16, [..., I].
+        up: as gate.
     """
     library = _compiled(layer_library(), gate, up)
     if library is None:
@@ -63,7 +64,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor
 
     Args:
         query: fp32 or bf16, [B, H, S, D].
-        key, value: of the same dtype, [B, G, T, D], T ≥ S; G divides H, each key head serves H / G query heads.
+        key: of the same dtype, [B, G, T, D], T ≥ S; G divides H, each key head serves H / G query heads.
+        value: as key.
         scale: of the scores.
 
     Returns:
