@@ -50,6 +50,7 @@ class AotCase:
         num_stages: as at the launch.
         aligned: arguments that the launch passes as multiples of 16 (Triton specialises on it by itself at a
             launch); by default all pointers. Add the strides and sizes that are such in practice.
+        capabilities: of the GPUs that it ships for.
     """
 
     name: str
@@ -59,6 +60,7 @@ class AotCase:
     num_warps: int = 4
     num_stages: int = 3
     aligned: tuple[str, ...] | None = None
+    capabilities: tuple[int, ...] = CAPABILITIES
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,12 @@ def main() -> None:
     options = parser.parse_args()
     cases: list[AotCase] = import_module(options.module).aot_cases()
     capabilities = [int(capability) for capability in options.capabilities.split(",")]
-    reports = [compile_case(case, capability) for case in cases for capability in capabilities]
+    reports = [
+        compile_case(case, capability)
+        for case in cases
+        for capability in capabilities
+        if capability in case.capabilities
+    ]
     if options.sass:
         options.sass.mkdir(parents=True, exist_ok=True)
         for report in reports:

@@ -131,7 +131,9 @@ def _distance(measured: Problem, wanted: Problem) -> float:
 def default_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
     """A rule for shapes that no table covers: at decode, programs to fill the processors about four times."""
     if problem.bucket >= 256:
-        return GemmConfig(128, 128, 1, warps=8, stages=3)
+        # Scales of short groups, or of other widths than four bits, take registers that 128 tokens would spill.
+        tokens = 64 if problem.group and (problem.group < 64 or problem.bits != 4) else 128
+        return GemmConfig(128, tokens, 1, warps=8, stages=3)
     block_m = max(16, min(problem.bucket, 128))
     block_n = 128 if problem.n >= 8192 or block_m >= 64 else 64
     warps = 8 if block_n * block_m >= 128 * 128 else 4

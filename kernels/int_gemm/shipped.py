@@ -5,7 +5,7 @@ python -m qatapult.kernels.common.aot qatapult.kernels.int_gemm.shipped
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qatapult.kernels.common.aot import AotCase
@@ -61,19 +61,24 @@ OTHER_KINDS = (
 
 
 def aot_cases() -> list[AotCase]:
-    """Every configuration of the main kinds, one of each other kind."""
-    tables = (Path(__file__).parent / "tables").glob("sm_*.json")
-    measured = {(bool(p.group), config) for table in tables for p, config in read_table(table)}
+    """Every configuration of the main kinds, one of each other kind; what a table has measured, for its GPU alone."""
     cases = []
     for kind in MAIN_KINDS:
-        configs: set[Config] = {_rule(bucket, kind) for bucket in BUCKETS} | {VectorConfig()}
-        configs |= {config for grouped, config in measured if grouped == bool(kind.group)}
-        cases += [
-            _vector_case(kind, config) if isinstance(config, VectorConfig) else _case(kind, config)
-            for config in sorted(configs, key=str)
-        ]
+        rules: set[Config] = {_rule(bucket, kind) for bucket in BUCKETS} | {VectorConfig()}
+        cases += [_config_case(kind, config) for config in sorted(rules, key=str)]
+        for table in sorted((Path(__file__).parent / "tables").glob("sm_*.json")):
+            measured = {config for p, config in read_table(table) if bool(p.group) == bool(kind.group)}
+            own = (int(table.stem.removeprefix("sm_")),)
+            cases += [
+                replace(_config_case(kind, config), capabilities=own)
+                for config in sorted(measured - rules, key=str)
+            ]
     cases += [_vector_case(Kind(3, 64), VectorConfig()), _vector_case(Kind(2, 64, half=True), VectorConfig())]
     return cases + [_case(kind, _rule(BUCKETS[i % 2 * 5], kind)) for i, kind in enumerate(OTHER_KINDS)]
+
+
+def _config_case(kind: Kind, config: Config) -> AotCase:
+    return _vector_case(kind, config) if isinstance(config, VectorConfig) else _case(kind, config)
 
 
 def _rule(bucket: int, kind: Kind) -> GemmConfig:
