@@ -21,7 +21,7 @@ test: lint
 
 # Engines on two and four processes that are killed and resumed; a Slurm cluster whose nodes die.
 test-slow: $(VENV)/test.installed
-	$(BIN)/python -m pytest -m "slow and not gpu" -n 2 --dist loadfile tests/kernels tests/trainer
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 900 -n 2 --dist loadfile tests/kernels tests/trainer
 	$(BIN)/python -m pytest -m "slow and not gpu" tests/launch
 
 test-gpu: $(VENV)/test.installed
