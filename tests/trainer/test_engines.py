@@ -166,6 +166,17 @@ def test_a_sharded_teacher_is_never_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_bf16_rounds_products_and_not_the_grid(engine: str, tmp_path: Path) -> None:
+    """Weights and scales stay in fp32: in bf16 the first loss would already be a tenth higher."""
+    alone = run("none", 1, tmp_path / "alone", "qat.precision=bf16")
+    result = run(engine, 2, tmp_path / engine, "qat.precision=bf16")
+    assert result["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-5)
+    assert result["losses"] == pytest.approx(alone["losses"], rel=5e-3)
+    assert result["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "fsdp2"])
 def test_four_processes_and_tied_embeddings(engine: str, tmp_path: Path) -> None:
     tied = ("model.source=random:tiny-tied", "qat.gradient_checkpointing=true")

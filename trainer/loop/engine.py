@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs, PartialState
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -49,12 +50,24 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
         gradient_accumulation_steps=micro_batches(recipe, state.num_processes),
         kwargs_handlers=handlers,
     )
+    _gather_weights_in_fp32(accelerator)
     if zero_stage(accelerator) == 3:
         from transformers.integrations import unset_hf_deepspeed_config
 
         # Stages that the main process runs alone load whole models; `prepare` shards the one that trains.
         unset_hf_deepspeed_config()
     return accelerator
+
+
+def _gather_weights_in_fp32(accelerator: Accelerator) -> None:
+    """Under FSDP2 let `prepare_student` choose the precision of products by autocast, as the other engines do.
+
+    Accelerate's own policy casts every parameter to 16 bits where it is gathered. A quantized layer would then lay a
+    rounded weight on a grid with a rounded scale, and train on other codes than those that are packed.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
 
 def _find_deepspeed_config() -> None:
@@ -126,7 +139,10 @@ def prepare_student(
 
             # The loss multiplies with the head outside the head's own forward.
             deepspeed.zero.register_external_parameter(student, student.model.get_output_embeddings().weight)
-    return accelerator.prepare(student, optimizer)
+    prepared, optimizer = accelerator.prepare(student, optimizer)
+    if accelerator.is_fsdp2:
+        prepared.forward = accelerator.autocast()(prepared.forward)
+    return prepared, optimizer
 
 
 def backward(accelerator: Accelerator, loss: Tensor, factor: float) -> None:

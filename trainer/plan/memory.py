@@ -1,9 +1,9 @@
 """Memory of a rank in training, by part: one model for every engine.
 
 Notation: p processes, c bytes of the compute dtype (2 for bf16, 4 for fp32). Weights are kept in fp32 and
-cast for computing (autocast, FSDP2's mixed precision); DeepSpeed in bf16 keeps bf16 weights and gradients,
-and an fp32 master copy in the optimizer, which adds up to the same 16 bytes a trained weight (ZeRO,
-arXiv:1910.02054, section 3.1).
+cast for computing by autocast; FSDP2 gathers them in fp32, so that they lie on the grid that is packed. DeepSpeed
+in bf16 keeps bf16 weights and gradients, and an fp32 master copy in the optimizer, which adds up to the same 16
+bytes a trained weight (ZeRO, arXiv:1910.02054, section 3.1).
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def keeps_quantized_values(recipe: Recipe, cluster: Cluster) -> bool:
 
 def autocasts(recipe: Recipe, cluster: Cluster, setting: Setting) -> bool:
     """Whether fp32 weights are multiplied in 16 bits, so that every layer casts its inputs."""
-    return compute_bytes(recipe, cluster) == 2 and setting.engine in ("single", "ddp")
+    return compute_bytes(recipe, cluster) == 2 and not setting.engine.startswith("zero")
 
 
 def _teacher(shape: ModelShape, setting: Setting, c: int, p: int) -> float:
@@ -255,10 +255,11 @@ def _communication(
         return 0.0
     if setting.engine == "ddp":
         return FP32 * trained  # the buckets are a copy of all gradients
-    buckets = 2 * weight_bytes(setting, c) * min(given.bucket, trained)
+    stored = weight_bytes(setting, c)
+    buckets = 2 * stored * min(given.bucket, trained)
     if setting.shards_weights:
-        gathered = given.prefetched_blocks * c * shape.block_parameters
-        whole = c * shape.head_parameters  # embeddings or head, gathered for the loss
+        gathered = given.prefetched_blocks * stored * shape.block_parameters
+        whole = stored * shape.head_parameters  # embeddings or head, gathered for the loss
         reduced = FP32 * shape.block_parameters if setting.engine == "fsdp2" else buckets
         return gathered + whole + reduced
     return buckets

@@ -12,7 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qatapult.trainer.plan.hardware import Cluster, Gpu
-from qatapult.trainer.plan.memory import FP32, compute_bytes, saved_bytes_per_token, trained_parameters
+from qatapult.trainer.plan.memory import (
+    FP32,
+    compute_bytes,
+    saved_bytes_per_token,
+    trained_parameters,
+    weight_bytes,
+)
 from qatapult.trainer.plan.model_shape import ModelShape
 from qatapult.trainer.plan.settings import Setting, micro_steps, step_tokens
 from qatapult.trainer.recipe.schema import Recipe
@@ -159,5 +165,6 @@ def _communication_bytes(
     if setting.engine == "zero2":
         return ring * (gradient * micro_steps + c) * trained
     gathers = 2 + int(setting.checkpointing)
+    stored = weight_bytes(setting, c)
     teacher = c * shape.parameters if setting.teacher == "sharded" else 0
-    return ring * micro_steps * (gathers * c * shape.parameters + gradient * trained + teacher)
+    return ring * micro_steps * (gathers * stored * shape.parameters + gradient * trained + teacher)
