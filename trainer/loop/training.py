@@ -109,8 +109,6 @@ class Trainer:
         self.steps = optimizer_steps(recipe)
         select_trainable(model, self.qat.trainable)
         configure_forward(model, self.qat)
-        if self.qat.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         optimizer = build_optimizer(model, recipe, self.steps)
         self.state = TrainerState(peak_rates=[group["lr"] for group in optimizer.param_groups])
         student = Student(model, self.qat.distillation)
@@ -323,12 +321,11 @@ class Trainer:
         state = self.state
         state.curve.append({"tokens": state.tokens, "step": state.step, "perplexity": value})
         # The model was measured on the grids of its last step.
-        if not on_deployed_grid(self.qat, (state.step - 1) / self.steps):
-            pass
-        elif state.best_perplexity is None or value < state.best_perplexity:
-            state.best_perplexity, state.best_step, state.evaluations_since_best = value, state.step, 0
-        else:
-            state.evaluations_since_best += 1
+        if on_deployed_grid(self.qat, (state.step - 1) / self.steps):
+            if state.best_perplexity is None or value < state.best_perplexity:
+                state.best_perplexity, state.best_step, state.evaluations_since_best = value, state.step, 0
+            else:
+                state.evaluations_since_best += 1
         self.log.evaluation(value, state.step, state.tokens)
         return True
 
