@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "scalars.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -20,10 +22,6 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-
-struct BFloat16 {
-  uint16_t bits;
-};
 
 inline Floats load(const float* p) {
   Floats v;

@@ -130,12 +130,6 @@ void finish(const Layer& layer, const T* x, const T* attended, T* y, int64_t row
   add<T>(y, delta, y, rows * hidden, threads);
 }
 
-template <class Call>
-void with_type(int dtype, const Call& call) {
-  if (dtype == 0) call(float());
-  if (dtype == 1) call(BFloat16());
-}
-
 }  // namespace
 
 // Sizes are multiples of the number that `qatapult_lanes` gives, head sizes of twice that.
@@ -145,14 +139,14 @@ int qatapult_lanes() { return LANES; }
 
 void qatapult_rms_norm(int dtype, const void* x, const void* weight, void* y, int64_t rows, int64_t size, float eps,
                        int threads) {
-  with_type(dtype, [&](auto type) {
+  with_fp32_or_bf16(dtype, [&](auto type) {
     using T = decltype(type);
     rms_norm(static_cast<const T*>(x), static_cast<const T*>(weight), static_cast<T*>(y), rows, size, eps, threads);
   });
 }
 
 void qatapult_silu_product(int dtype, const void* gate, const void* up, void* y, int64_t rows, int64_t size, int threads) {
-  with_type(dtype, [&](auto type) {
+  with_fp32_or_bf16(dtype, [&](auto type) {
     using T = decltype(type);
     silu_product(static_cast<const T*>(gate), static_cast<const T*>(up), static_cast<T*>(y), rows, size, size, threads);
   });
@@ -162,7 +156,7 @@ void qatapult_silu_product(int dtype, const void* gate, const void* up, void* y,
 // the heads of keys.
 void qatapult_layer_project(const Layer* layer, int dtype, const void* x, const void* cos, const void* sin, int64_t batch,
                             int64_t tokens, void* q, void* k, void* v, int threads) {
-  with_type(dtype, [&](auto type) {
+  with_fp32_or_bf16(dtype, [&](auto type) {
     using T = decltype(type);
     project(*layer, static_cast<const T*>(x), static_cast<const T*>(cos), static_cast<const T*>(sin), batch, tokens,
             static_cast<T*>(q), static_cast<T*>(k), static_cast<T*>(v), threads);
@@ -172,7 +166,7 @@ void qatapult_layer_project(const Layer* layer, int dtype, const void* x, const 
 // x, y: [rows, hidden]; attended: [rows, heads * head size].
 void qatapult_layer_finish(const Layer* layer, int dtype, const void* x, const void* attended, void* y, int64_t rows,
                            int threads) {
-  with_type(dtype, [&](auto type) {
+  with_fp32_or_bf16(dtype, [&](auto type) {
     using T = decltype(type);
     finish(*layer, static_cast<const T*>(x), static_cast<const T*>(attended), static_cast<T*>(y), rows, threads);
   });

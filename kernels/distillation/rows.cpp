@@ -9,42 +9,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "scalars.h"
+
 namespace {
 
 constexpr int64_t BLOCK = 1024;
 constexpr float MINUS_INFINITY = -INFINITY;
 enum Kind { FORWARD_KL = 0, REVERSE_KL = 1, JSD = 2 };
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline float load(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
-
-template <class T>
-inline T store(float x) {
-  return x;
-}
-
-template <>
-inline BFloat16 store<BFloat16>(float x) {  // rounds half to even; NaN stays NaN
-  const uint32_t bits = bits_of(x);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  return {uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded)};
-}
 
 inline float fma(float a, float b, float c) {
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
@@ -289,12 +260,6 @@ void exponentials_of(T* logits, const float* factor, const float* shift, const f
   }
 }
 
-template <class Call>
-void with_type(int dtype, const Call& call) {
-  if (dtype == 0) call(float());
-  if (dtype == 1) call(BFloat16());
-}
-
 }  // namespace
 
 // dtype of logits: 0 fp32, 1 bf16.
@@ -307,7 +272,7 @@ void qatapult_divergence(int dtype, int kind, void* student, const void* teacher
                          float beta, float ce_weight, int want_gradient, int threads) {
   const Problem p{1 / temperature, beta,  (1 - ce_weight) * temperature, ce_weight,
                   size,            labels != nullptr, temperature == 1.0f};
-  with_type(dtype, [&](auto type) {
+  with_fp32_or_bf16(dtype, [&](auto type) {
     using T = decltype(type);
     divergence_of(kind, static_cast<T*>(student), static_cast<const T*>(teacher), labels, divergence, cross_entropy,
                   rows, p, want_gradient, threads);
@@ -317,7 +282,7 @@ void qatapult_divergence(int dtype, int kind, void* student, const void* teacher
 // out[r] = log sum_i exp(logits[r, i] * inverse); -inf for a row of -inf.
 void qatapult_logsumexp(int dtype, const void* logits, float* out, int64_t rows, int64_t size, float inverse,
                         int threads) {
-  with_type(dtype, [&](auto type) {
+  with_fp32_or_bf16(dtype, [&](auto type) {
     logsumexp_of(static_cast<const decltype(type)*>(logits), out, rows, size, inverse, threads);
   });
 }
@@ -325,7 +290,7 @@ void qatapult_logsumexp(int dtype, const void* logits, float* out, int64_t rows,
 // logits[r, i] = factor[r] exp(logits[r, i] * inverse - shift[r]) + hard exp(logits[r, i] - hard_shift[r]).
 void qatapult_exponentials(int dtype, void* logits, const float* factor, const float* shift, const float* hard_shift,
                            int64_t rows, int64_t size, float inverse, float hard, int threads) {
-  with_type(dtype, [&](auto type) {
+  with_fp32_or_bf16(dtype, [&](auto type) {
     exponentials_of(static_cast<decltype(type)*>(logits), factor, shift, hard_shift, rows, size, inverse, hard,
                     threads);
   });

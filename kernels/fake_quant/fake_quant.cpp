@@ -11,43 +11,15 @@
 #include <cstring>
 #include <vector>
 
+#include "scalars.h"
+
 namespace {
 
 constexpr int64_t PIECE = 4096;
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds half to even
 enum Rule { STE = 0, LSQ = 1, PACT = 2 };
 
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline float load(float x) { return x; }
-inline float load(BFloat16 x) { return from_bits(uint32_t(x.bits) << 16); }
 inline float load(_Float16 x) { return float(x); }
-
-template <class T>
-inline T store(float x) {
-  return T(x);
-}
-
-template <>
-inline BFloat16 store<BFloat16>(float x) {
-  const uint32_t bits = bits_of(x);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  return {uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded)};
-}
 
 inline float clamp(float x, float low, float high) {  // NaN stays NaN
   x = x < low ? low : x;

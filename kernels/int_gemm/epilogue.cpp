@@ -1,26 +1,10 @@
 // int32 sums of an integer product -> scaled values with bias, in one pass over memory.
 
 #include <cstdint>
-#include <cstring>
+
+#include "scalars.h"
 
 namespace {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-template <class T>
-inline T store(float x) {
-  return T(x);
-}
-
-template <>
-inline BFloat16 store<BFloat16>(float x) {  // rounds half to even; NaN stays NaN
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  return {uint16_t((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded)};
-}
 
 template <class T>
 void scaled(const int32_t* sums, const float* token_scale, const float* scale, const float* bias, T* out,
