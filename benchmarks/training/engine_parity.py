@@ -16,7 +16,9 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -102,9 +104,16 @@ def kill_a_rank(engine: Engine, processes: int, folder: Path) -> int:
     return made
 
 
-def examine(engine: Engine, processes: int, alone: list[float], scratch: Path) -> dict[str, Any]:
-    """Everything about one engine; what fails is said in its field and the rest goes on."""
-    found: dict[str, Any] = {"engine": engine, "processes": processes}
+def examine(found: dict[str, Any], alone: list[float], scratch: Path, note: Callable[[], None]) -> None:
+    """Everything about one engine; what fails is said in its field and the rest goes on.
+
+    Args:
+        found: names the engine and its processes; filled as results come in.
+        alone: losses of one process.
+        scratch: for the runs.
+        note: called after every result.
+    """
+    engine, processes = found["engine"], found["processes"]
     whole: list[float] = []
 
     def attempt(field: str, workers: int, folder: Path, expected: list[float]) -> list[float]:
@@ -120,6 +129,7 @@ def examine(engine: Engine, processes: int, alone: list[float], scratch: Path) -
             else None
         )
         found[field] = worst if complete else f"{len(got)} of {len(expected)} losses"
+        note()
         return got
 
     whole = attempt("against_one", processes, scratch / engine, alone)
@@ -129,7 +139,6 @@ def examine(engine: Engine, processes: int, alone: list[float], scratch: Path) -
     shutil.copytree(killed, scratch / f"{engine}-half")
     attempt("resumed", processes, killed, whole)
     attempt("resumed_on_half", processes // 2, scratch / f"{engine}-half", whole)
-    return found
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -140,7 +149,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         cells = [_shown(row.get(key)) for key in ("against_one", "resumed", "resumed_on_half")]
-        killed = f"{row['killed_after_steps']} of {row['steps']} steps"
+        killed = f"{row.get('killed_after_steps')} of {row.get('steps')} steps"
         lines.append(
             f"| {row['engine']} | {row['processes']} | {cells[0]} | {killed} | {cells[1]} | {cells[2]} |"
         )
@@ -148,6 +157,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _shown(value: float | str | None) -> str:
+    if value is None:
+        return "not reached"
     return f"{value:.1e}" if isinstance(value, float) else str(value)
 
 
@@ -161,19 +172,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
+    writing = threading.Lock()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(options.engines)) as pool:
         scratch = Path(folder)
         alone = finish(start("single", 1, scratch / "alone"), scratch / "alone")
-        futures = [
-            pool.submit(examine, engine, options.processes, alone, scratch) for engine in options.engines
+        print(f"one process: {len(alone)} losses", flush=True)
+        rows: list[dict[str, Any]] = [
+            {"engine": engine, "processes": options.processes} for engine in options.engines
         ]
-        rows = []
+
+        def note() -> None:
+            with writing:
+                (options.out / "parity.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+                (options.out / "parity.md").write_text(markdown(rows), encoding="utf-8")
+                for log in scratch.glob("*/said.log"):
+                    shutil.copy(log, options.out / f"parity_{log.parent.name}.log")
+
+        futures = [pool.submit(examine, row, alone, scratch, note) for row in rows]
         for future in futures:
-            rows.append(future.result())
-            (options.out / "parity.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-            (options.out / "parity.md").write_text(markdown(rows), encoding="utf-8")
-        for log in scratch.glob("*/said.log"):
-            shutil.copy(log, options.out / f"parity_{log.parent.name}.log")
+            future.result()
+        note()
     print(markdown(rows))
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from qatapult.trainer.loop.interrupt import INTERRUPTED
 from qatapult.trainer.recipe.errors import UserError
 from qatapult.trainer.recipe.loading import dump_recipe, load_recipe
 from qatapult.trainer.run_folder import RunFolder, write_json
@@ -18,6 +23,7 @@ from qatapult.trainer.study.plan import PlannedRun, plan_runs
 from qatapult.trainer.study.results import CellResult, collect, over_seeds, read_curve
 from qatapult.trainer.study.run import run_study, share_before
 from qatapult.trainer.study.schema import Study, load_study, shipped_studies
+from qatapult.trainer.study.sharing import stage_in_work
 
 STUDY: dict[str, Any] = {
     "name": "mini",
@@ -154,6 +160,21 @@ def test_runs_that_began_and_stages_that_are_not_finished_are_left_alone(tmp_pat
     assert share_before(planned[2], planned, tmp_path) == ["baseline"]
 
 
+def test_a_run_waits_for_what_another_is_computing(tmp_path: Path) -> None:
+    planned = plan_runs(study_with(), "small", tmp_path)
+    running = [(begin(planned[0], tmp_path, "baseline"), planned[0].recipe)]
+
+    def in_work(run: PlannedRun) -> str | None:
+        return stage_in_work(run.folder(tmp_path), run.recipe, running)
+
+    assert in_work(planned[1]) == "ptq"
+    assert in_work(planned[2]) is None  # another format, and the baseline is there
+    begin(planned[3], tmp_path)
+    assert in_work(planned[3]) is None  # it has begun, so nothing can be given to it
+    write_json(running[0][0].stage("ptq"), {})
+    assert in_work(planned[1]) is None
+
+
 def test_studies_share_a_model_that_they_would_train_alike(tmp_path: Path) -> None:
     bits, tricks = load_study("bits"), load_study("tricks")
     one, other = (model_folder(study, "small", tmp_path, "bytes-1m") for study in (bits, tricks))
@@ -254,3 +275,23 @@ def test_a_study_runs_goes_on_and_survives_a_broken_cell(tmp_path: Path) -> None
     heard.clear()
     run_study(study, "small", tmp_path, say=heard.append)
     assert "done before" in heard[0]
+
+
+def test_runs_beside_each_other_are_interrupted_and_go_on(tmp_path: Path) -> None:
+    broken = {"name": "broken", "label": "Broken", "overrides": ["model.source=./nowhere"]}
+    cells = [STUDY["cells"][0] | {"overrides": ["qat.tokens=200000"]}, broken]
+    file, runs = tmp_path / "study.yaml", tmp_path / "runs"
+    file.write_text(yaml.safe_dump(STUDY | {"cells": cells, "sizes": {"small": {"seeds": [0, 1]}}}))
+    command = [sys.executable, "-m", "qatapult.trainer.cli", "study", str(file), "--runs", str(runs)]
+    process = subprocess.Popen([*command, "--at-once", "2"], stdout=subprocess.PIPE, text=True)
+    long = [RunFolder(runs / f"mini-small-w4-s{seed}") for seed in (0, 1)]
+    deadline = time.monotonic() + 200
+    while not all(len(list(run.read_metrics())) > 3 for run in long) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == INTERRUPTED
+    assert "mini-small-broken-s0: failed with exit status 2" in said
+    assert long[1].read_stage("baseline")["shared_from"] == long[0].name
+    assert all(list(run.checkpoints.iterdir()) for run in long)
+    assert not any(run.stage("report").exists() for run in long)

@@ -31,7 +31,14 @@ def study(
     submit: Annotated[
         str | None, typer.Option(help="Cluster profile: send all runs as one Slurm job array instead.")
     ] = None,
-    at_once: Annotated[int, typer.Option(min=1, help="With --submit: runs at the same time.")] = 4,
+    at_once: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Runs at the same time: here 1 by default, each with a process of its own and the GPUs dealt out to "
+            "them; with --submit 4.",
+        ),
+    ] = None,
     only_page: Annotated[bool, typer.Option("--only-page", help="Run nothing; write the page anew.")] = False,
     show_plan: Annotated[bool, typer.Option("--plan", help="List the runs and start nothing.")] = False,
 ) -> None:
@@ -56,13 +63,16 @@ def study(
             typer.echo(f"{run.recipe.name:40} {run.cell.label}")
         return
     if submit is not None:
-        _submit(name, size, runs, submit, at_once)
+        _submit(name, size, runs, submit, at_once or 4)
         return
+    if launcher and (at_once or 1) > 1:
+        raise UserError("--at-once goes with no --launcher: a launched run takes all GPUs")
     failed: list[str] = []
     if not only_page:
         from qatapult.trainer.study.run import run_study
 
-        failed = run_study(described, size, runs, shlex.split(launcher or ""), typer.echo)
+        words = shlex.split(launcher or "")
+        failed = run_study(described, size, runs, words, typer.echo, at_once or 1)
     from qatapult.trainer.study.page import write_page
     from qatapult.trainer.study.results import collect
 

@@ -1,4 +1,4 @@
-"""Run a study on this machine, one run after the other."""
+"""Run a study on this machine, one run after the other or several at a time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,17 @@ from qatapult.trainer.study.models import model_folder
 from qatapult.trainer.study.plan import PlannedRun, plan_runs, study_folder
 from qatapult.trainer.study.schema import Study
 from qatapult.trainer.study.sharing import share_stages
+from qatapult.trainer.study.side_by_side import SideBySide
 from qatapult.trainer.study.texts import text_file, write_text
 
 
 def run_study(
-    study: Study, size: str, runs: Path, launcher: Sequence[str] = (), say: Callable[[str], None] = print
+    study: Study,
+    size: str,
+    runs: Path,
+    launcher: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+    at_once: int = 1,
 ) -> list[str]:
     """Do what is left of a study: pretrain its models, then run its cells. Finished runs are not run again.
 
@@ -32,6 +38,8 @@ def run_study(
         launcher: command that stands before a recipe's file, such as `accelerate launch -m qatapult.trainer`;
             without one, all runs are computed by this process.
         say: where progress goes.
+        at_once: runs at the same time, each in a process of its own; more than one goes with no launcher, which
+            takes all GPUs for a run.
 
     Returns:
         Names of the runs that failed; the others were run all the same.
@@ -42,17 +50,37 @@ def run_study(
     """
     planned = plan_runs(study, size, runs)
     prepare_inputs(study, size, runs, planned, say)
-    failed = []
-    for number, run in enumerate(planned, start=1):
-        name, folder = run.recipe.name, run.folder(runs)
-        where = f"[{number}/{len(planned)}] {name}"
-        if folder.stage("report").exists():
-            say(f"{where}: done before")
+    recipes = study_folder(study, size, runs) / "recipes"
+    left = []
+    for run in planned:
+        if run.folder(runs).stage("report").exists():
+            say(f"{run.recipe.name}: done before")
             continue
-        given = share_before(run, planned, runs)
+        write_atomically(recipes / f"{run.recipe.name}.yaml", dump_recipe(run.recipe))
+        left.append(run)
+
+    def share(run: PlannedRun) -> list[str]:
+        return share_before(run, planned, runs)
+
+    if at_once > 1:
+        return SideBySide(runs, recipes, at_once, share, say).execute(left)
+    return _one_by_one(left, runs, recipes, launcher, share, say)
+
+
+def _one_by_one(
+    left: Sequence[PlannedRun],
+    runs: Path,
+    recipes: Path,
+    launcher: Sequence[str],
+    share: Callable[[PlannedRun], list[str]],
+    say: Callable[[str], None],
+) -> list[str]:
+    failed = []
+    for number, run in enumerate(left, start=1):
+        name, given = run.recipe.name, share(run)
+        where = f"[{number}/{len(left)}] {name}"
         say(f"{where}: {run.cell.label}" + (f" ({' and '.join(given)} shared)" if given else ""))
-        recipe = study_folder(study, size, runs) / "recipes" / f"{name}.yaml"
-        write_atomically(recipe, dump_recipe(run.recipe))
+        recipe = recipes / f"{name}.yaml"
         why = _run_elsewhere(launcher, recipe, runs) if launcher else _run_here(run.recipe, runs)
         if why:
             say(f"{where}: {why}; the study goes on without it")

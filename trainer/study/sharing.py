@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,24 @@ def share_stages(run: RunFolder, recipe: Recipe, others: Iterable[tuple[RunFolde
                 given.append(stage)
                 break
     return given
+
+
+def stage_in_work(run: RunFolder, recipe: Recipe, running: Sequence[tuple[RunFolder, Recipe]]) -> str | None:
+    """The first stage that a run could be given later, because a run in progress is computing the same one.
+
+    Args:
+        run: a run that has not begun; one that has never waits.
+        recipe: its recipe.
+        running: runs in progress.
+    """
+    if run.recipe.exists():
+        return None
+    for stage in _INPUTS:
+        for other, other_recipe in running:
+            in_work = not run.stage(stage).exists() and not other.stage(stage).exists()
+            if in_work and _inputs(stage, recipe) == _inputs(stage, other_recipe):
+                return stage
+    return None
 
 
 def _inputs(stage: str, recipe: Recipe) -> dict[str, Any]:
