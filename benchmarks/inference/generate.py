@@ -247,8 +247,10 @@ def main() -> None:
         f"{recipe.name}: prompt {arguments.prompt}, then {arguments.tokens} tokens, median of {arguments.repeats}"
     )
     print(f"{device_name(DEVICE)}; the processor {bf16} instructions for bf16 products\n")
+    titles = ["prefill tok/s", "× bf16", "decode tok/s", "× bf16", "peak memory" if arguments.peaks else ""]
     print(
-        f"{'':<24}{'prefill tok/s':>14}{'× bf16':>8}{'decode tok/s':>14}{'× bf16':>8}{'peak memory' if arguments.peaks else '':>14}"
+        " " * 24
+        + "".join(f"{title:>{width}}" for title, width in zip(titles, (14, 8, 14, 8, 14), strict=True))
     )
     reference = results[REFERENCE]
     for name, speeds in results.items():
