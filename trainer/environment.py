@@ -10,14 +10,16 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from qatapult.trainer.loop.engine import autocast_precision
 from qatapult.trainer.measure import device_name
+from qatapult.trainer.recipe.schema import Qat
 
 _PACKAGES = (
     "qatapult", "torch", "transformers", "accelerate", "deepspeed", "triton", "compressed-tensors", "datasets", "wandb",
 )  # fmt: skip
 
 
-def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
+def describe_environment(accelerator: Accelerator, qat: Qat) -> dict[str, Any]:
     """Versions, device, engine and commit."""
     return {
         "python": platform.python_version(),
@@ -26,7 +28,7 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
         "device": device_name(accelerator.device),
         "processes": accelerator.num_processes,
         "engine": str(accelerator.distributed_type).rpartition(".")[2],
-        "mixed_precision": accelerator.mixed_precision,
+        "mixed_precision": autocast_precision(qat),
         "commit": _commit(),
     }
 

@@ -62,7 +62,7 @@ def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False, 
         context.data = data
         if accelerator.is_main_process:
             write_atomically(folder.recipe, dump_recipe(given))
-            write_json(folder.environment, describe_environment(accelerator))
+            write_json(folder.environment, describe_environment(accelerator, recipe.qat))
         _run_stages(context, owner)
         _finish(context, as_json, plots)
     except Interrupted:

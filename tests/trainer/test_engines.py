@@ -10,11 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from qatapult.trainer.loop.checkpoint import list_checkpoints, read_manifest
+from qatapult.trainer.loop.engine import _keep_weights_in_fp32, create_accelerator
+from qatapult.trainer.recipe.errors import UserError
+from qatapult.trainer.recipe.loading import load_recipe
 from qatapult.trainer.run_folder import RunFolder
 
 HERE = Path(__file__).parent
@@ -166,7 +170,7 @@ def test_a_sharded_teacher_is_never_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3", "fsdp2"])
 def test_bf16_rounds_products_and_not_the_grid(engine: str, tmp_path: Path) -> None:
     """Weights and scales stay in fp32: in bf16 the first loss would already be a tenth higher."""
     alone = run("none", 1, tmp_path / "alone", "qat.precision=bf16")
@@ -174,6 +178,16 @@ def test_bf16_rounds_products_and_not_the_grid(engine: str, tmp_path: Path) -> N
     assert result["losses"][0] == pytest.approx(alone["losses"][0], rel=1e-5)
     assert result["losses"] == pytest.approx(alone["losses"], rel=5e-3)
     assert result["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-4)
+
+
+def test_deepspeed_that_would_round_the_grid_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"'fp16' does not run under DeepSpeed"):
+        create_accelerator(load_recipe("tiny-random-w4a8", ["qat.precision=fp16"]))
+    plugin = SimpleNamespace(deepspeed_config={"fp16": {"enabled": False}, "bf16": {"enabled": True}})
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    with pytest.raises(UserError, match=r"bf16\.enabled rounds weights"):
+        _keep_weights_in_fp32(SimpleNamespace(state=state))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -261,6 +275,18 @@ def test_a_run_goes_on_under_another_engine(
     assert read_manifest(checkpoint)["step"] == 10
     assert len(losses(tmp_path)) == 10
     assert_same(run(*after, tmp_path), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("zero2", "ddp"), ("zero3", "fsdp2"), ("fsdp2", "zero1")])
+def test_a_run_in_bf16_goes_on_under_another_engine(before: str, after: str, tmp_path: Path) -> None:
+    """Were weights and scales rounded on the way, the losses would differ by a tenth."""
+    alone = run("none", 1, tmp_path / "alone", "qat.precision=bf16")
+    arguments, environment = command(before, 2, tmp_path / "two", (*CALM, "qat.precision=bf16", "stop=9"))
+    subprocess.run(arguments, env=environment, capture_output=True, timeout=280, check=False)
+    assert len(losses(tmp_path / "two")) == 10
+    result = run(after, 2, tmp_path / "two", "qat.precision=bf16")
+    assert result["losses"] == pytest.approx(alone["losses"], rel=5e-3)
 
 
 @pytest.mark.parametrize("engine", ["ddp", slow("fsdp2"), slow("zero2")])

@@ -31,13 +31,17 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     """Build the Accelerator for the environment that the launcher left.
 
     Raises:
-        UserError: if the number of processes is not what the launcher promised, or for fp16 without a GPU.
+        UserError: if the number of processes is not what the launcher promised, for fp16 without a GPU or under
+            DeepSpeed, or for a DeepSpeed file that rounds weights.
     """
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if deepspeed and recipe.qat.precision == "fp16":
+        raise UserError("qat.precision 'fp16' does not run under DeepSpeed; use bf16 or fp32, or DDP")
     if recipe.qat.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("qat.precision 'fp16' needs a GPU; use auto, bf16 or fp32")
     backend = None if torch.cuda.is_available() else "gloo"
     _find_deepspeed_config()
-    if backend == "gloo" and os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    if backend == "gloo" and deepspeed:
         _build_no_operators()
     handlers = [InitProcessGroupKwargs(backend=backend, timeout=_LONGEST_WAIT)]
     if _distributed():
@@ -46,11 +50,11 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
         state = PartialState()
     _check_world_size(state)
     accelerator = Accelerator(
-        mixed_precision=autocast_precision(recipe.qat),
+        mixed_precision="no" if deepspeed else autocast_precision(recipe.qat),
         gradient_accumulation_steps=micro_batches(recipe, state.num_processes),
         kwargs_handlers=handlers,
     )
-    _gather_weights_in_fp32(accelerator)
+    _keep_weights_in_fp32(accelerator)
     if zero_stage(accelerator) == 3:
         from transformers.integrations import unset_hf_deepspeed_config
 
@@ -59,15 +63,22 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def _gather_weights_in_fp32(accelerator: Accelerator) -> None:
-    """Under FSDP2 let `prepare_student` choose the precision of products by autocast, as the other engines do.
+def _keep_weights_in_fp32(accelerator: Accelerator) -> None:
+    """Let `prepare_student` choose the precision of products by autocast, under FSDP2 and DeepSpeed as elsewhere.
 
-    Accelerate's own policy casts every parameter to 16 bits where it is gathered. A quantized layer would then lay a
-    rounded weight on a grid with a rounded scale, and train on other codes than those that are packed.
+    Accelerate's policy for FSDP2 casts every parameter to 16 bits where it is gathered, and DeepSpeed's 16-bit engines
+    keep them so. A quantized layer would then lay a rounded weight on a grid with a rounded scale, and train on other
+    codes than those that are packed.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version == 2:
-        plugin.mixed_precision_policy = MixedPrecisionPolicy()
+    fsdp, deepspeed = (getattr(accelerator.state, f"{name}_plugin", None) for name in ("fsdp", "deepspeed"))
+    if fsdp is not None and fsdp.fsdp_version == 2:
+        fsdp.mixed_precision_policy = MixedPrecisionPolicy()
+    for section in ("bf16", "fp16") if deepspeed is not None else ():
+        if deepspeed.deepspeed_config.get(section, {}).get("enabled") is True:
+            raise UserError(
+                f"DeepSpeed's {section}.enabled rounds weights and scales before they are laid on their grid; leave it "
+                "out of its file: qat.precision chooses the precision of products"
+            )
 
 
 def _find_deepspeed_config() -> None:
@@ -130,6 +141,8 @@ def prepare_student(
         The wrapped model, whose forward is the student's, and the wrapped optimizer.
     """
     plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None or accelerator.is_fsdp2:
+        student.forward = _autocast(accelerator, recipe.qat)(student.forward)  # type: ignore[method-assign]
     if plugin is not None:
         # DeepSpeed learns these from the recipe: no loader that it knows of has them.
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = recipe.qat.batch_size
@@ -139,10 +152,14 @@ def prepare_student(
 
             # The loss multiplies with the head outside the head's own forward.
             deepspeed.zero.register_external_parameter(student, student.model.get_output_embeddings().weight)
-    prepared, optimizer = accelerator.prepare(student, optimizer)
-    if accelerator.is_fsdp2:
-        prepared.forward = accelerator.autocast()(prepared.forward)
-    return prepared, optimizer
+    return accelerator.prepare(student, optimizer)
+
+
+def _autocast(accelerator: Accelerator, qat: Qat) -> torch.autocast:
+    """What Accelerate puts around the forward pass under one process and DDP alone."""
+    precision = autocast_precision(qat)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(accelerator.device.type, dtype, enabled=precision != "no")
 
 
 def backward(accelerator: Accelerator, loss: Tensor, factor: float) -> None:

@@ -39,7 +39,7 @@ class EngineState(Protocol):
         """Put them back; parameters without any begin at 0."""
 
     def settle(self) -> None:
-        """After weights were loaded: bring what the engine derives from them (16-bit copies) up to date."""
+        """After weights were loaded: bring the copies that the engine trains with up to date."""
 
 
 def engine_state(accelerator: Accelerator, model: nn.Module, optimizer: Any) -> EngineState:
@@ -110,7 +110,7 @@ class PlainState:
                 state["step"] = torch.tensor(steps.get(name, 0.0), device=parameter.device)
 
     def settle(self) -> None:
-        """See `EngineState`: nothing is derived."""
+        """See `EngineState`: there are none."""
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self._model.named_parameters() if p.requires_grad)

@@ -44,7 +44,7 @@ def accelerate_config(
         config["deepspeed_config"] = {"deepspeed_config_file": deepspeed_file, "zero3_init_flag": False}
         if cluster.nodes > 1:
             config["deepspeed_config"]["deepspeed_multinode_launcher"] = "standard"
-        # DeepSpeed's own file says the precision ("auto": the recipe's), and Accelerate refuses to be told twice.
+        # Beside a DeepSpeed file Accelerate refuses both; the recipe decides the precision.
         for field in ("use_cpu", "mixed_precision"):
             config.pop(field)
     if setting.engine == "fsdp2":

@@ -69,7 +69,7 @@ def _run_stages(recipe: Recipe, folder: RunFolder, quiet: bool) -> None:
         )
         context = Context(recipe, folder, accelerator, console, Tracking(accelerator, untracked, folder))
         write_atomically(folder.recipe, dump_recipe(recipe))
-        write_json(folder.environment, describe_environment(accelerator))
+        write_json(folder.environment, describe_environment(accelerator, recipe.qat))
         for stage in _STAGES:
             if folder.stage(stage).exists():
                 continue

@@ -1,9 +1,9 @@
 """Memory of a rank in training, by part: one model for every engine.
 
-Notation: p processes, c bytes of the compute dtype (2 for bf16, 4 for fp32). Weights are kept in fp32 and
-cast for computing by autocast; FSDP2 gathers them in fp32, so that they lie on the grid that is packed. DeepSpeed
-in bf16 keeps bf16 weights and gradients, and an fp32 master copy in the optimizer, which adds up to the same 16
-bytes a trained weight (ZeRO, arXiv:1910.02054, section 3.1).
+Notation: p processes, c bytes of the compute dtype (2 for bf16, 4 for fp32). Every engine keeps and gathers weights in
+fp32, so that they lie on the grid that is packed, and casts them for computing by autocast: 16 bytes a trained weight
+with its gradient and AdamW's moments, as in mixed precision (ZeRO, arXiv:1910.02054, section 3.1). ZeRO-1 and 2
+update a copy of their share of the weights, 4 bytes more of what is shared.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def memory(
     p = cluster.world
     trained = trained_parameters(recipe, shape)
     frozen = shape.parameters - (trained if recipe.qat.trainable != "lora" else 0)
-    gradients, state = _training_state(recipe, cluster, setting, trained)
-    weights = weight_bytes(setting, c) * (trained + frozen) / (p if setting.shards_weights else 1)
+    gradients, state = _training_state(cluster, setting, trained)
+    weights = FP32 * (trained + frozen) / (p if setting.shards_weights else 1)
     host = state if setting.offload != "none" else 0.0
     if setting.offload == "parameters":
         host, weights = host + weights, 0.0
@@ -136,26 +136,21 @@ def memory(
         "quantized_weights": _quantized_weights(recipe, shape, cluster, setting),
         "activations": one_block if at_end else activations,
         "loss": 0.0 if at_end else loss,
-        "communication": _communication(shape, setting, trained, p, c, given),
+        "communication": _communication(shape, setting, trained, p, given),
     }
     runtime = given.runtime_cpu if cluster.gpu.is_cpu else given.runtime_gpu
     return Memory(**total, runtime=runtime + given.fragmentation * sum(total.values()), host=host)
 
 
-def weight_bytes(setting: Setting, compute: int) -> int:
-    """Bytes of a stored weight and of its gradient: DeepSpeed's have the compute dtype, others are fp32."""
-    return compute if setting.engine.startswith("zero") else FP32
-
-
-def _training_state(recipe: Recipe, cluster: Cluster, setting: Setting, trained: int) -> tuple[float, float]:
-    """Bytes of a rank's gradients and optimizer states; DeepSpeed's hold an fp32 copy of the weights."""
-    stored = weight_bytes(setting, compute_bytes(recipe, cluster))
-    state = 12 if setting.engine.startswith("zero") else 8
-    gradients = stored * trained / (cluster.world if setting.shards_gradients else 1)
+def _training_state(cluster: Cluster, setting: Setting, trained: int) -> tuple[float, float]:
+    """Bytes of a rank's gradients and optimizer states; these hold a copy of the weights where DeepSpeed makes one."""
+    copies = setting.engine in ("zero1", "zero2") or (setting.engine == "zero3" and setting.offload != "none")
+    state = 12 if copies else 8
+    gradients = FP32 * trained / (cluster.world if setting.shards_gradients else 1)
     return gradients, state * trained / (cluster.world if setting.shards_optimizer else 1)
 
 
-def saved_bytes_per_token(recipe: Recipe, shape: ModelShape, cluster: Cluster, setting: Setting) -> float:
+def saved_bytes_per_token(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> float:
     """Bytes a token and block that the forward pass keeps for the backward pass.
 
     Counted by the tensors that autograd saves in transformers' LLaMA block with scaled-dot-product attention
@@ -169,7 +164,7 @@ def saved_bytes_per_token(recipe: Recipe, shape: ModelShape, cluster: Cluster, s
     norms = 2 * kept_by_norm * FP32 * h
     if keeps_quantized_values(recipe, cluster):
         inputs = 5 * h + q + f  # every linear's own quantized input
-    elif autocasts(recipe, cluster, setting):
+    elif autocasts(recipe, cluster):
         inputs = 5 * h + f  # every linear's own cast of the fp32 norm; attention's output is not cast
     else:
         inputs = 2 * h + f
@@ -204,9 +199,9 @@ def keeps_quantized_values(recipe: Recipe, cluster: Cluster) -> bool:
     return activations is None or recipe.qat.integer_forward is not True
 
 
-def autocasts(recipe: Recipe, cluster: Cluster, setting: Setting) -> bool:
+def autocasts(recipe: Recipe, cluster: Cluster) -> bool:
     """Whether fp32 weights are multiplied in 16 bits, so that every layer casts its inputs."""
-    return compute_bytes(recipe, cluster) == 2 and not setting.engine.startswith("zero")
+    return compute_bytes(recipe, cluster) == 2
 
 
 def _teacher(shape: ModelShape, setting: Setting, c: int, p: int) -> float:
@@ -221,7 +216,7 @@ def _teacher(shape: ModelShape, setting: Setting, c: int, p: int) -> float:
 def _quantized_weights(recipe: Recipe, shape: ModelShape, cluster: Cluster, setting: Setting) -> float:
     """Weights on their grid, or cast, in the compute dtype: of every block, or of the recomputed one."""
     c = compute_bytes(recipe, cluster)
-    casts = autocasts(recipe, cluster, setting)
+    casts = autocasts(recipe, cluster)
     head = c * shape.head_parameters if casts else 0
     if keeps_quantized_values(recipe, cluster) or (casts and recipe.quantization.weights is None):
         blocks = 1 if setting.checkpointing or setting.shards_weights else shape.layers
@@ -231,7 +226,7 @@ def _quantized_weights(recipe: Recipe, shape: ModelShape, cluster: Cluster, sett
 
 def _activations(recipe: Recipe, shape: ModelShape, cluster: Cluster, setting: Setting) -> float:
     tokens = setting.micro_batch * recipe.data.block_size
-    block = saved_bytes_per_token(recipe, shape, cluster, setting)
+    block = saved_bytes_per_token(recipe, shape, cluster)
     if setting.checkpointing:
         return tokens * (shape.layers * FP32 * shape.hidden + block)
     return tokens * shape.layers * block
@@ -247,19 +242,16 @@ def _loss(recipe: Recipe, shape: ModelShape, cluster: Cluster, setting: Setting,
     return logits + (3 * c + 2 * FP32) * tokens * shape.hidden
 
 
-def _communication(
-    shape: ModelShape, setting: Setting, trained: int, p: int, c: int, given: Assumptions
-) -> float:
+def _communication(shape: ModelShape, setting: Setting, trained: int, p: int, given: Assumptions) -> float:
     """Buffers of collectives; DeepSpeed's two reduction buckets are never more than the gradients."""
     if p == 1 and setting.offload == "none":
         return 0.0
     if setting.engine == "ddp":
         return FP32 * trained  # the buckets are a copy of all gradients
-    stored = weight_bytes(setting, c)
-    buckets = 2 * stored * min(given.bucket, trained)
+    buckets = 2 * FP32 * min(given.bucket, trained)
     if setting.shards_weights:
-        gathered = given.prefetched_blocks * stored * shape.block_parameters
-        whole = stored * shape.head_parameters  # embeddings or head, gathered for the loss
+        gathered = given.prefetched_blocks * FP32 * shape.block_parameters
+        whole = FP32 * shape.head_parameters  # embeddings or head, gathered for the loss
         reduced = FP32 * shape.block_parameters if setting.engine == "fsdp2" else buckets
         return gathered + whole + reduced
     return buckets

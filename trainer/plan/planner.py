@@ -198,7 +198,7 @@ def _cache_hours(
     rate = speed.rate(cluster.gpu, shape.hidden, compute_bytes(recipe, cluster))
     traffic = (
         shape.layers
-        * saved_bytes_per_token(recipe, shape, cluster, setting)
+        * saved_bytes_per_token(recipe, shape, cluster)
         / (cluster.gpu.bandwidth * speed.bandwidth_efficiency)
     )
     return recipe.qat.tokens * (forward / rate + traffic / 2) / cluster.world / 3600

@@ -17,7 +17,6 @@ from qatapult.trainer.plan.memory import (
     compute_bytes,
     saved_bytes_per_token,
     trained_parameters,
-    weight_bytes,
 )
 from qatapult.trainer.plan.model_shape import ModelShape
 from qatapult.trainer.plan.settings import Setting, micro_steps, step_tokens
@@ -118,10 +117,10 @@ def step_time(
     offload, optimizer = 0.0, optimizer_shard * 28 / bandwidth
     if setting.offload != "none":
         optimizer = optimizer_shard * given.cpu_adam_bytes * cluster.gpus / cluster.host_bandwidth
-        offload = optimizer_shard * (2 + 2) / cluster.gpu.host_link
+        offload = optimizer_shard * 2 * FP32 / cluster.gpu.host_link  # gradients down, weights up
     if setting.offload == "parameters":
         gathers = 2 + int(setting.checkpointing)
-        offload += passes * gathers * c * shape.parameters / cluster.world / cluster.gpu.host_link
+        offload += passes * gathers * FP32 * shape.parameters / cluster.world / cluster.gpu.host_link
     return StepTime(
         arithmetic=arithmetic,
         elementwise=elementwise,
@@ -145,7 +144,7 @@ def _elementwise_bytes(
     """Bytes moved by all that is no matrix product: each pass reads or writes what is saved about once."""
     c = compute_bytes(recipe, cluster)
     passes = 3 + int(setting.checkpointing) + int(setting.teacher in ("whole", "sharded")) / 2
-    saved = saved_bytes_per_token(recipe, shape, cluster, setting)
+    saved = saved_bytes_per_token(recipe, shape, cluster)
     fake_quantization = (2 * (FP32 + c) + 2 * FP32) * shape.linear_parameters * micro_steps
     return rank_tokens * shape.layers * saved * passes + fake_quantization
 
@@ -157,14 +156,12 @@ def _communication_bytes(
     if p == 1:
         return 0.0
     ring = (p - 1) / p
-    gradient = 2 if setting.engine.startswith("zero") and c == 2 else FP32
     if setting.engine == "ddp":
         return 2 * ring * FP32 * trained
     if setting.engine == "zero1":
-        return ring * (2 * gradient + c) * trained
+        return ring * FP32 * 3 * trained
     if setting.engine == "zero2":
-        return ring * (gradient * micro_steps + c) * trained
+        return ring * FP32 * (micro_steps + 1) * trained
     gathers = 2 + int(setting.checkpointing)
-    stored = weight_bytes(setting, c)
     teacher = c * shape.parameters if setting.teacher == "sharded" else 0
-    return ring * micro_steps * (gathers * stored * shape.parameters + gradient * trained + teacher)
+    return ring * micro_steps * (FP32 * (gathers * shape.parameters + trained) + teacher)
