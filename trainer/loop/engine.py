@@ -73,8 +73,9 @@ def _keep_weights_in_fp32(accelerator: Accelerator) -> None:
     fsdp, deepspeed = (getattr(accelerator.state, f"{name}_plugin", None) for name in ("fsdp", "deepspeed"))
     if fsdp is not None and fsdp.fsdp_version == 2:
         fsdp.mixed_precision_policy = MixedPrecisionPolicy()
-    for section in ("bf16", "fp16") if deepspeed is not None else ():
-        if deepspeed.deepspeed_config.get(section, {}).get("enabled") is True:
+    sections = {} if deepspeed is None else deepspeed.deepspeed_config
+    for section in ("bf16", "fp16"):
+        if sections.get(section, {}).get("enabled") is True:
             raise UserError(
                 f"DeepSpeed's {section}.enabled rounds weights and scales before they are laid on their grid; leave it "
                 "out of its file: qat.precision chooses the precision of products"
