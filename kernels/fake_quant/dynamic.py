@@ -33,7 +33,7 @@ def fake_quantize_dynamic(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     Returns:
         A tensor of the shape and dtype of `x`, contiguous.
     """
-    if not _fuses(x, scheme):
+    if not fuses(x, scheme):
         return fake_quantize(x, *choose_range(x, scheme), scheme=scheme, gradient="ste")
     numbers = (scheme.block_size(x.shape[-1]), *Grid.of(scheme), *RangeRule.of(scheme))
     result: torch.Tensor = _differentiable(x, *numbers)
@@ -53,7 +53,7 @@ def quantize_dynamic(
         `(codes, scale, zero_point)`: int8 of the shape of `x`, fp32 of `scheme.scale_shape(x.shape)`, and the
         same or None. No gradients.
     """
-    if not _fuses(x, scheme):
+    if not fuses(x, scheme):
         scale, zero_point = choose_range(x, scheme)
         return quantize_codes(x, scale, zero_point, scheme), scale, zero_point
     numbers = (scheme.block_size(x.shape[-1]), *Grid.of(scheme), *RangeRule.of(scheme))
@@ -61,7 +61,8 @@ def quantize_dynamic(
     return codes, scale, None if scheme.symmetric else zero
 
 
-def _fuses(x: torch.Tensor, scheme: Scheme) -> bool:
+def fuses(x: torch.Tensor, scheme: Scheme) -> bool:
+    """Whether range and codes come from one pass over memory."""
     return scheme.range_method == "minmax" and scheme.granularity != "tensor" and x.numel() > 0
 
 

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 #: Upper ends of the ranges of M that share a configuration; beyond the last, all do.
@@ -107,6 +107,12 @@ def choose_config(problem: Problem, capability: int, unit: int, vector: bool = F
         vector: whether the kernel for one token can be taken.
     """
     path = _pinned[0] if _pinned else _SHIPPED / f"sm_{capability}.json"
+    return _chosen(path, problem, capability, unit, vector)
+
+
+# Looking through a table takes longer than a product of few tokens.
+@lru_cache(maxsize=4096)
+def _chosen(path: Path, problem: Problem, capability: int, unit: int, vector: bool) -> Config:
     rows = [
         (_distance(shape, problem), config)
         for shape, config in read_table(path)
@@ -144,6 +150,7 @@ def default_config(problem: Problem, capability: int, unit: int) -> GemmConfig:
     return GemmConfig(block_n, block_m, split, warps=warps, stages=4)
 
 
+@lru_cache(maxsize=4096)
 def within_shared_memory(
     config: GemmConfig, unit: int, unit_bytes: int, slice_width: int, element: int, capability: int
 ) -> GemmConfig:
@@ -207,6 +214,7 @@ def write_table(path: Path, rows: list[tuple[Problem, Config]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
     read_table.cache_clear()
+    _chosen.cache_clear()
 
 
 @cache

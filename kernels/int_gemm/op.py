@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from qatapult.kernels.common.launches import record
-from qatapult.kernels.fake_quant.dynamic import quantize_dynamic
+from qatapult.kernels.fake_quant.direct import dynamic_codes
+from qatapult.kernels.fake_quant.dynamic import fuses, quantize_dynamic
 from qatapult.kernels.int_gemm import vnni
 from qatapult.kernels.int_gemm.cpu import int_matmul_cpu, integer_linear_cpu
 from qatapult.kernels.int_gemm.decode import decode_product, multiply_few, suits
@@ -165,7 +166,11 @@ def multiply_prepared(
 def _directly(
     rows: Tensor, weight: PreparedWeight, bias: Tensor | None, tokens: Scheme, dtype: torch.dtype
 ) -> Tensor | None:
-    """The compiled CPU paths that quantize and multiply at once; None where there is none for this."""
+    """Quantize and multiply without registered operators in between; None where there is no way for this."""
+    if weight.layout == "tiles":
+        if not fuses(rows, tokens):
+            return None
+        return multiply_codes(*dynamic_codes(rows, tokens), weight, bias, dtype)
     if weight.layout == "vnni":
         parts = (weight.operand, weight.scale, weight.shift, bias)
         return vnni.quantized_product(rows, *parts, tokens, dtype)
