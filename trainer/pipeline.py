@@ -9,7 +9,6 @@ from pathlib import Path
 
 from accelerate.utils import gather_object
 
-from qatapult.kernels.common.allocator import keep_freed_memory
 from qatapult.launch.owner import Owner, claim
 from qatapult.trainer.console import Console
 from qatapult.trainer.context import Context
@@ -17,7 +16,7 @@ from qatapult.trainer.data.blocks import TokenizedData, check_data, load_data
 from qatapult.trainer.distill.cache import check_fits
 from qatapult.trainer.environment import describe_environment
 from qatapult.trainer.loop.disk_space import checkpoints_bytes, require_disk_space
-from qatapult.trainer.loop.engine import create_accelerator
+from qatapult.trainer.loop.engine import choose_allocation, create_accelerator
 from qatapult.trainer.loop.interrupt import INTERRUPTED, Interrupted, current_flag
 from qatapult.trainer.models import check_model, empty_model, load_tokenizer
 from qatapult.trainer.plan.batch_size import resolve_batch_size
@@ -52,8 +51,7 @@ def run(recipe: Recipe, runs: Path, quiet: bool = False, as_json: bool = False, 
     given, recipe = recipe, resolve_batch_size(recipe)
     console = Console(quiet=quiet, as_json=as_json)
     accelerator = create_accelerator(recipe)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
+    choose_allocation(accelerator)
     owner = claim(folder) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     try:

@@ -26,7 +26,7 @@ from torch.profiler import record_function
 from qatapult.trainer.distill.cache import CachedTeacher, CacheFormat, write_cache
 from qatapult.trainer.distill.student import TeacherSignal
 from qatapult.trainer.distill.teacher import InProcessTeacher, Teacher
-from qatapult.trainer.loop.engine import create_accelerator, multiplies_bf16
+from qatapult.trainer.loop.engine import choose_allocation, create_accelerator, multiplies_bf16
 from qatapult.trainer.loop.training import Trainer
 from qatapult.trainer.measure import CostMeter, peak_memory
 from qatapult.trainer.quantize.prepare import prepare
@@ -122,6 +122,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
         gradient_checkpointing=settings["checkpointing"],
     )
     accelerator = create_accelerator(recipe)
+    choose_allocation(accelerator)
     device = accelerator.device
     teacher, teacher_bytes = build_teacher(settings, recipe, accelerator)
     timed = TimedTeacher(teacher, device)

@@ -14,7 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from accelerate import DistributedType
 
+import qatapult.trainer.loop.engine as engine_module
 from qatapult.trainer.loop.checkpoint import list_checkpoints, read_manifest
 from qatapult.trainer.loop.engine import _keep_weights_in_fp32, create_accelerator
 from qatapult.trainer.recipe.errors import UserError
@@ -188,6 +191,22 @@ def test_deepspeed_that_would_round_the_grid_is_refused(monkeypatch: pytest.Monk
     state = SimpleNamespace(deepspeed_plugin=plugin)
     with pytest.raises(UserError, match=r"bf16\.enabled rounds weights"):
         _keep_weights_in_fp32(SimpleNamespace(state=state))  # type: ignore[arg-type]
+
+
+def test_sharded_engines_on_a_cpu_give_freed_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    for name in ("keep_freed_memory", "return_freed_memory"):
+        monkeypatch.setattr(engine_module, name, lambda name=name: chosen.append(name))
+    engines = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.FSDP, DistributedType.DEEPSPEED)
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    for device in ("cpu", "cuda"):
+        for engine in engines:
+            accelerator = SimpleNamespace(device=torch.device(device), distributed_type=engine)
+            engine_module.choose_allocation(accelerator)  # type: ignore[arg-type]
+    assert chosen == ["keep_freed_memory"] * 2 + ["return_freed_memory"] * 2
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")
+    engine_module.choose_allocation(SimpleNamespace(device=torch.device("cpu")))  # type: ignore[arg-type]
+    assert len(chosen) == 4
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -275,6 +277,21 @@ def test_calibration_adopts_what_was_measured_here() -> None:
     best = make_plan(made, cluster, found.assumptions, found.speed)
     same = next(c for c in best.candidates if c.setting.teacher == "whole" and c.setting.micro_batch == 2)
     assert same.memory.device == pytest.approx(found.measured["peak_memory_bytes"], rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    ["single distillation, 2", "single no teacher", "single recomputing", "ddp 2 processes$", "zero1", "zero2", "zero3",
+     "fsdp2 2 processes$", "fsdp2 2 processes, no teacher"],
+)  # fmt: skip
+def test_peak_memory_of_real_runs_is_planned(case: str) -> None:
+    """Within 10 % on every engine, of the largest process, with all that a process holds beside tensors."""
+    script = Path(__file__).parents[2] / "benchmarks" / "training" / "plan_accuracy.py"
+    command = [sys.executable, str(script), "memory", "llama-60m", f"^{case}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
+    [row] = done.stdout.splitlines()[2:]
+    assert float(row.split("|")[-2]) == pytest.approx(1, abs=0.1), row
 
 
 def test_calibration_of_no_steps_is_refused() -> None:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from qatapult.kernels.common.allocator import keep_freed_memory, return_freed_memory
 from qatapult.trainer.distill.student import Student
 from qatapult.trainer.distill.teacher import zero_stage
 from qatapult.trainer.loop.attention import compose_attention
@@ -61,6 +62,18 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
         # Stages that the main process runs alone load whole models; `prepare` shards the one that trains.
         unset_hf_deepspeed_config()
     return accelerator
+
+
+def choose_allocation(accelerator: Accelerator) -> None:
+    """On a CPU, keep freed memory, which is faster, but give it back under engines that are chosen to save memory.
+
+    Their gathered weights and buckets come and go in so many sizes that a heap that keeps them grows by half and more.
+    Who sets glibc's `MALLOC_MMAP_THRESHOLD_` has chosen.
+    """
+    if accelerator.device.type != "cpu" or "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    (return_freed_memory if sharded else keep_freed_memory)()
 
 
 def _keep_weights_in_fp32(accelerator: Accelerator) -> None:

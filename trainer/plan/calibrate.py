@@ -90,7 +90,7 @@ def calibrate(recipe: Recipe, cluster: Cluster, steps: int) -> Calibration:
             efficiency=speed.efficiency / factor,
             bandwidth_efficiency=speed.bandwidth_efficiency / factor,
         )
-    adopted = replace(assumptions, saved_scale=scale, fragmentation=0.0)
+    adopted = replace(assumptions, saved_scale=scale, fragmentation=0.0, heap_fragmentation=0.0)
     if of_a_kind:
         adopted = replace(adopted, **{"runtime_gpu" if on_gpu else "runtime_cpu": runtime})  # type: ignore[arg-type]
     return Calibration(measured, needs.device, time.seconds, of_a_kind, adopted, speed)

@@ -27,19 +27,24 @@ class Assumptions:
         runtime_gpu: driver context, cuBLAS workspaces and NCCL's channels of a GPU process.
         runtime_cpu: interpreter and libraries of a CPU process.
         fragmentation: share of the allocator's memory that is lost between blocks.
+        heap_fragmentation: the same where a CPU process keeps what is freed (`loop.engine.choose_allocation`).
         loss_budget_gpu: bytes of logits that the fused loss holds at a time, student and teacher together.
         loss_budget_cpu: likewise on a CPU.
-        bucket: elements of a reduction bucket of ZeRO (`configs/deepspeed/`); with overlap there are two.
+        bucket: elements of a reduction bucket of ZeRO (`configs/deepspeed/`); ZeRO-1 and 2 have two, for overlap.
+        reuse_distance: elements that ZeRO-3 uses between two uses of a weight that it does not let go meanwhile
+            (`configs/deepspeed/`): forward and backward through the last layers.
         prefetched_blocks: gathered blocks that FSDP2 or ZeRO-3 hold at a time.
         saved_scale: factor on activations, from calibration.
     """
 
     runtime_gpu: float = 1.2e9
-    runtime_cpu: float = 0.65e9
+    runtime_cpu: float = 0.55e9
     fragmentation: float = 0.03
+    heap_fragmentation: float = 0.18
     loss_budget_gpu: float = 1280 * 2**20
     loss_budget_cpu: float = 96 * 2**20
     bucket: float = 2e8
+    reuse_distance: float = 1e9
     prefetched_blocks: int = 2
     saved_scale: float = 1.0
 
@@ -108,38 +113,51 @@ def memory(
 ) -> Memory:
     """Peak memory of one rank in a training step.
 
-    The peak is either where the backward pass begins (all activations and the loss are alive, gradients only
-    if they are being accumulated) or where it ends (all gradients, one block's activations): the higher one.
+    The peak is the highest of three moments: the loss (all activations are alive, gradients only if they are being
+    accumulated), the last block's backward pass (the loss has gone, the block's weights and gradients are exchanged)
+    and the first block's (all gradients, one block's activations).
     """
     given = given or Assumptions()
-    c = compute_bytes(recipe, cluster)
-    p = cluster.world
     trained = trained_parameters(recipe, shape)
     frozen = shape.parameters - (trained if recipe.qat.trainable != "lora" else 0)
     gradients, state = _training_state(cluster, setting, trained)
-    weights = FP32 * (trained + frozen) / (p if setting.shards_weights else 1)
+    weights = FP32 * (trained + frozen) / (cluster.world if setting.shards_weights else 1)
     host = state if setting.offload != "none" else 0.0
     if setting.offload == "parameters":
         host, weights = host + weights, 0.0
     activations = _activations(recipe, shape, cluster, setting) * given.saved_scale
-    one_block = activations / shape.layers
-    loss = _loss(recipe, shape, cluster, setting, given)
-    accumulates = micro_steps(recipe, cluster, setting) > 1 or setting.engine.startswith("zero")
-    begin = activations + loss + (gradients if accumulates else 0.0)
-    end = gradients + one_block
-    at_end = end > begin
-    total = {
-        "weights": weights,
-        "gradients": gradients if at_end or accumulates else 0.0,
-        "optimizer": 0.0 if setting.offload != "none" else state,
-        "teacher": _teacher(shape, setting, c, p),
-        "quantized_weights": _quantized_weights(recipe, shape, cluster, setting),
-        "activations": one_block if at_end else activations,
-        "loss": 0.0 if at_end else loss,
-        "communication": _communication(shape, setting, trained, p, given),
+    # ZeRO-3 has made room for gradients before the first step.
+    accumulates = micro_steps(recipe, cluster, setting) > 1 or setting.engine == "zero3"
+    c = compute_bytes(recipe, cluster)
+    teacher, teachers_head = _teacher(shape, setting, c, cluster.world)
+    at_loss, at_last, at_first = _communication(shape, cluster, setting, trained, given)
+    loss = {
+        "gradients": gradients if accumulates else 0.0,
+        "teacher": teacher + teachers_head,
+        "activations": activations,
+        "loss": _loss(recipe, shape, cluster, setting, given),
+        "communication": at_loss,
     }
-    runtime = given.runtime_cpu if cluster.gpu.is_cpu else given.runtime_gpu
-    return Memory(**total, runtime=runtime + given.fragmentation * sum(total.values()), host=host)
+    last_block = loss | {"teacher": teacher, "loss": 0.0, "communication": at_last}
+    first_block = last_block | {
+        "gradients": gradients,
+        "activations": activations / shape.layers,
+        "communication": at_first,
+    }
+    parts = max(loss, last_block, first_block, key=lambda moment: sum(moment.values())) | {
+        "weights": weights,
+        "optimizer": 0.0 if setting.offload != "none" else state,
+        "quantized_weights": _quantized_weights(recipe, shape, cluster, setting),
+    }
+    return Memory(**parts, runtime=_runtime(cluster, setting, sum(parts.values()), given), host=host)
+
+
+def _runtime(cluster: Cluster, setting: Setting, allocated: float, given: Assumptions) -> float:
+    """What a process has without a model, and what its allocator loses."""
+    if not cluster.gpu.is_cpu:
+        return given.runtime_gpu + given.fragmentation * allocated
+    keeps = setting.engine in ("single", "ddp")
+    return given.runtime_cpu + (given.heap_fragmentation if keeps else given.fragmentation) * allocated
 
 
 def _training_state(cluster: Cluster, setting: Setting, trained: int) -> tuple[float, float]:
@@ -204,13 +222,15 @@ def autocasts(recipe: Recipe, cluster: Cluster) -> bool:
     return compute_bytes(recipe, cluster) == 2
 
 
-def _teacher(shape: ModelShape, setting: Setting, c: int, p: int) -> float:
+def _teacher(shape: ModelShape, setting: Setting, c: int, p: int) -> tuple[float, float]:
+    """Bytes of the teacher, and of the copy of its head that the loss has where it is sharded."""
     if setting.teacher in ("none", "cached"):
-        return 0.0
-    whole = c * shape.parameters
+        return 0.0, 0.0
+    whole, head = c * shape.parameters, c * shape.head_parameters
     if setting.teacher == "whole":
-        return whole
-    return whole / p + c * shape.block_parameters
+        return whole, 0.0
+    # ZeRO-3 does not let go of a weight that is used outside its own layer's forward pass, as the head is.
+    return whole / p + (head if setting.engine == "zero3" else 0), head
 
 
 def _quantized_weights(recipe: Recipe, shape: ModelShape, cluster: Cluster, setting: Setting) -> float:
@@ -233,25 +253,43 @@ def _activations(recipe: Recipe, shape: ModelShape, cluster: Cluster, setting: S
 
 
 def _loss(recipe: Recipe, shape: ModelShape, cluster: Cluster, setting: Setting, given: Assumptions) -> float:
-    """A chunk's logits of student and teacher, and the last hidden states of both with their gradient."""
+    """A chunk's logits of student and teacher, and the last hidden states of both with their gradient.
+
+    Without a teacher the loss is not fused: all logits, in fp32 as well, their log-softmax and its gradient.
+    """
     c = compute_bytes(recipe, cluster)
     tokens = setting.micro_batch * recipe.data.block_size
+    if setting.teacher == "none":
+        return (c + 3 * FP32) * tokens * shape.vocabulary
     budget, least = (given.loss_budget_cpu, 64) if cluster.gpu.is_cpu else (given.loss_budget_gpu, 512)
     row = 2 * c * shape.vocabulary
     logits = min(max(budget, least * row), tokens * row)
     return logits + (3 * c + 2 * FP32) * tokens * shape.hidden
 
 
-def _communication(shape: ModelShape, setting: Setting, trained: int, p: int, given: Assumptions) -> float:
-    """Buffers of collectives; DeepSpeed's two reduction buckets are never more than the gradients."""
-    if p == 1 and setting.offload == "none":
-        return 0.0
-    if setting.engine == "ddp":
-        return FP32 * trained  # the buckets are a copy of all gradients
-    buckets = 2 * FP32 * min(given.bucket, trained)
-    if setting.shards_weights:
-        gathered = given.prefetched_blocks * FP32 * shape.block_parameters
-        whole = FP32 * shape.head_parameters  # embeddings or head, gathered for the loss
-        reduced = FP32 * shape.block_parameters if setting.engine == "fsdp2" else buckets
-        return gathered + whole + reduced
-    return buckets
+def _communication(
+    shape: ModelShape, cluster: Cluster, setting: Setting, trained: int, given: Assumptions
+) -> tuple[float, float, float]:
+    """Buffers of collectives and gathered weights at the loss, and in the last and the first block's backward pass."""
+    if setting.engine in ("single", "ddp"):
+        buckets = FP32 * trained if setting.engine == "ddp" else 0.0  # a copy of all gradients
+        return buckets, buckets, buckets
+    gathered = given.prefetched_blocks * FP32 * shape.block_parameters
+    gradients = FP32 * trained / shape.layers
+    if setting.engine == "fsdp2":
+        # What is in no block (embeddings, head, last norm) stays gathered; gradients are copied to be reduced.
+        root = FP32 * (shape.parameters - shape.layers * shape.block_parameters)
+        return root, root + gathered + 2 * gradients, root + gathered + 2 * gradients
+    if setting.engine == "zero3":
+        bucket = _buckets(1, trained, cluster, given)
+        # The weights nearest to the loss are kept for the backward pass.
+        kept = FP32 * min(shape.parameters, given.reuse_distance / 2)
+        return bucket + kept, bucket + kept + gradients, bucket + gathered + gradients
+    first, all_of_them = (_buckets(2, n, cluster, given) for n in (trained / shape.layers, trained))
+    return 0.0, first + gradients, all_of_them + gradients
+
+
+def _buckets(number: int, written: float, cluster: Cluster, given: Assumptions) -> float:
+    """DeepSpeed's reduction buckets. In main memory, what is not written to takes no room."""
+    elements = number * given.bucket
+    return FP32 * (min(elements, written) if cluster.gpu.is_cpu else elements)

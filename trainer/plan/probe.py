@@ -18,7 +18,7 @@ import torch
 from qatapult.trainer.console import Console
 from qatapult.trainer.data.blocks import TokenizedData
 from qatapult.trainer.distill.teacher import InProcessTeacher
-from qatapult.trainer.loop.engine import create_accelerator, multiplies_bf16
+from qatapult.trainer.loop.engine import choose_allocation, create_accelerator, multiplies_bf16
 from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.training import Trainer
 from qatapult.trainer.measure import CostMeter, peak_memory
@@ -45,6 +45,7 @@ def probe(recipe: Recipe, steps: int) -> dict[str, Any]:
         largest rank, `tokens_per_step`, `world_size`, `device`.
     """
     accelerator = create_accelerator(recipe)
+    choose_allocation(accelerator)
     device = accelerator.device
     runtime = peak_memory(device) if device.type == "cuda" else CostMeter(device).cost(0)["peak_memory_bytes"]
     model = load_model(recipe.model).to(device)
