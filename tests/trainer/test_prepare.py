@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qatapult.trainer.models import load_model
+from qatapult.trainer.models import empty_model, load_model
 from qatapult.trainer.quantize.clipping import calibrate_clips
 from qatapult.trainer.quantize.convert import PackedLinear, convert, packed_layers
 from qatapult.trainer.quantize.modules import QuantConv2d, QuantEmbedding, QuantLinear
@@ -100,6 +100,13 @@ def test_every_method_trains_weights_and_what_it_learns(method: str) -> None:
         assert getattr(layer, name).grad is not None
     if method == "minmax":
         assert not any(name.endswith("weight_scale") for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("method", ["lsq", "lsq+", "minmax", "pact"])
+def test_what_a_method_adds_is_where_the_weights_are(method: str) -> None:
+    model = empty_model(Model(source="random:tiny"))
+    prepare(model, Quantization(weights={"bits": 4, "symmetric": method != "lsq+"}), method=method)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
 
 
 def test_a_convolution_and_an_embedding_take_part() -> None:

@@ -70,7 +70,8 @@ class QuantizedWeight(nn.Module):
         else:
             self._register_scales(*choose_range(self.weight_matrix(), weight_scheme))
         # Infinite until `calibrate_clips` has seen activations: it then clips nothing.
-        self.activation_clip = nn.Parameter(torch.full((1,), float("inf"))) if learned_clip else None
+        infinite = torch.full((1,), float("inf"), device=self.weight.device)
+        self.activation_clip = nn.Parameter(infinite) if learned_clip else None
 
     def _register_scales(self, scale: Tensor, zero_point: Tensor | None) -> None:
         if self.scale_source == "recomputed":
