@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from qatapult.trainer.loop.interrupt import INTERRUPTED, InterruptFlag
+from qatapult.trainer.report.text import duration
 from qatapult.trainer.study.plan import PlannedRun
 from qatapult.trainer.study.sharing import stage_in_work
 
@@ -27,6 +28,7 @@ class _Active:
     gpu: str | None
     process: subprocess.Popen[bytes]
     log: TextIO
+    started: float
 
 
 class SideBySide:
@@ -95,7 +97,7 @@ class SideBySide:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        self.active.append(_Active(run, gpu, process, log))
+        self.active.append(_Active(run, gpu, process, log, time.monotonic()))
 
     def _reap(self) -> list[str]:
         """Names of the runs that have failed since the last time."""
@@ -103,11 +105,14 @@ class SideBySide:
         for one in ended:
             self.active.remove(one)
             one.log.close()
-        failed = [one for one in ended if one.process.returncode != 0]
-        for one in failed:
-            status = one.process.returncode
-            self.say(f"{one.run.recipe.name}: failed with exit status {status}, see {one.log.name}")
-        return [one.run.recipe.name for one in failed]
+            name, status = one.run.recipe.name, one.process.returncode
+            how, where = (
+                ("done", "")
+                if status == 0
+                else (f"failed with exit status {status}", f", see {one.log.name}")
+            )
+            self.say(f"{name}: {how} after {duration(time.monotonic() - one.started)}{where}")
+        return [one.run.recipe.name for one in ended if one.process.returncode != 0]
 
     def _stop(self) -> None:
         """Ask every process for its checkpoint, and wait."""
