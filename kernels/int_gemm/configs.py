@@ -106,16 +106,15 @@ def choose_config(problem: Problem, capability: int, unit: int, vector: bool = F
         unit: codes along K that are loaded together; K is split between units.
         vector: whether the kernel for one token can be taken.
     """
-    path = _pinned[0] if _pinned else _SHIPPED / f"sm_{capability}.json"
-    return _chosen(path, problem, capability, unit, vector)
+    return _chosen(_pinned[0] if _pinned else None, problem, capability, unit, vector)
 
 
 # Looking through a table takes longer than a product of few tokens.
 @lru_cache(maxsize=4096)
-def _chosen(path: Path, problem: Problem, capability: int, unit: int, vector: bool) -> Config:
+def _chosen(pinned: Path | None, problem: Problem, capability: int, unit: int, vector: bool) -> Config:
     rows = [
         (_distance(shape, problem), config)
-        for shape, config in read_table(path)
+        for shape, config in read_table(pinned or _SHIPPED / f"sm_{capability}.json")
         if (shape.bits, bool(shape.group), shape.activation_bits, shape.bucket)
         == (problem.bits, bool(problem.group), problem.activation_bits, problem.bucket)
         and (vector or isinstance(config, GemmConfig))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -90,7 +91,7 @@ def packed_product_triton(
     if shift is not None and integer:
         stretch = span * layout.slice_width if group else k
         row_sum = x.unflatten(1, (-1, stretch)).sum(-1, dtype=torch.int32).t().contiguous()
-    blocks = triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m)
+    blocks = _ceil(n, config.block_n) * _ceil(m, config.block_m)
     shift_in_groups = shift is not None and group > 0
     partial = counter = None
     if config.split > 1:
@@ -149,7 +150,7 @@ def _launch_vector(
     """The product with one token of codes, into y [1, N]; K is a multiple of a unit, weights are symmetric."""
     n, groups = scale.shape
     group = 0 if groups == 1 else x.shape[1] // groups
-    packed_gemv[(triton.cdiv(n, config.rows),)](
+    packed_gemv[(_ceil(n, config.rows),)](
         x.contiguous().view(torch.int32),
         tiles.view(torch.int32),
         y,
@@ -170,6 +171,11 @@ def _launch_vector(
         UNITS=config.units,
         num_warps=config.warps,
     )
+
+
+def _ceil(number: int, parts: int) -> int:
+    """Division rounded up; Triton's own takes microseconds on the host."""
+    return -(-number // parts)
 
 
 def _counter(device: torch.device, blocks: int) -> Tensor:
@@ -199,6 +205,7 @@ def _graph_counter(device: torch.device, blocks: int) -> Tensor:
     return held[start : start + blocks]
 
 
+@cache
 def _capability(device: torch.device) -> int:
     if device.type != "cuda":
         return 90
