@@ -30,7 +30,7 @@ from qatapult.trainer.loop.engine import (
     prepare_student,
 )
 from qatapult.trainer.loop.interrupt import Interrupted, InterruptFlag
-from qatapult.trainer.loop.loader import Loader
+from qatapult.trainer.loop.loader import Batch, Loader
 from qatapult.trainer.loop.metrics import MetricsLog
 from qatapult.trainer.loop.optimizer import build_optimizer, grid_scales, select_trainable
 from qatapult.trainer.loop.out_of_memory import explained_out_of_memory
@@ -194,21 +194,12 @@ class Trainer:
         batches = self.loader.step(self.state.step)
         loader_seconds = time.perf_counter() - started
         positions = self._positions_per_block() * self.plan.blocks_per_step
+        # DDP averages over processes and `backward` over micro-batches: undo both, so that the sum over all tokens is
+        # divided by their number and by nothing else.
+        share = self.plan.world_size * self.plan.micro_batches / positions
         for batch in batches:
-            self._at("the teacher's forward pass")
             with self.accelerator.accumulate(self.student):
-                signal = batch.signal
-                if signal is None and self.teacher is not None:
-                    signal = self.teacher.signal(batch.ids, batch.indices)
-                self._at("the student's forward pass")
-                parts: LossParts = self.student(batch.ids, batch.present, signal)
-                del signal  # the teacher's head and states need not outlive the forward pass
-                # DDP averages over processes and `backward` over micro-batches: undo both, so that the sum
-                # over all tokens is divided by their number and by nothing else.
-                share = self.plan.world_size * self.plan.micro_batches / positions
-                self._at("the backward pass")
-                backward(self.accelerator, parts.loss, share)
-                sums += self._sums(parts)
+                sums += self._train_on(batch, share)
         self._at("the gradient's norm")
         norm = gradient_norm(self.accelerator, self.student, self.qat.optimizer.gradient_clip)
         loss, kl, tokens, hidden, attention = self.accelerator.reduce(sums, "sum").tolist()
@@ -221,6 +212,19 @@ class Trainer:
             hidden=None if distillation.hidden is None else hidden / tokens,
             attention=None if distillation.attention is None else attention / tokens,
         )
+
+    def _train_on(self, batch: Batch, share: float) -> Tensor:
+        """Gradients of a micro-batch, and its sums, `[5]`."""
+        self._at("the teacher's forward pass")
+        signal = batch.signal
+        if signal is None and self.teacher is not None:
+            signal = self.teacher.signal(batch.ids, batch.indices)
+        self._at("the student's forward pass")
+        parts: LossParts = self.student(batch.ids, batch.present, signal)
+        del signal  # the teacher's head and states need not outlive the forward pass
+        self._at("the backward pass")
+        backward(self.accelerator, parts.loss, share)
+        return self._sums(parts)
 
     @staticmethod
     def _sums(parts: LossParts) -> Tensor:
@@ -239,24 +243,26 @@ class Trainer:
         """Apply the step, or leave it out where it is not finite."""
         if result.finite:
             self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.state.step += 1
-            self.state.tokens += self.tokens_per_step
-            if self._scales_are_sound():
-                self._skipped_in_a_row = 0
-                return True
-            self.log.event("scale_collapsed", self.state.step, self.state.tokens)
-            self._roll_back("a scale collapsed")
-            return False
         self.optimizer.zero_grad()
-        self.state.skipped_steps += 1
         self.state.step += 1
         self.state.tokens += self.tokens_per_step
+        if not result.finite:
+            self._skip()
+            return False
+        self._skipped_in_a_row = 0
+        if self._scales_are_sound():
+            return True
+        self.log.event("scale_collapsed", self.state.step, self.state.tokens)
+        self._roll_back("a scale collapsed")
+        return False
+
+    def _skip(self) -> None:
+        """Count a step that was left out, and go back if there are too many of them."""
+        self.state.skipped_steps += 1
         self._skipped_in_a_row += 1
         self.log.event("skip", self.state.step, self.state.tokens)
         if self._skipped_in_a_row >= self.qat.guards.max_skipped_steps:
             self._roll_back(f"{self._skipped_in_a_row} steps in a row had NaN or inf")
-        return False
 
     def _scales_are_sound(self) -> bool:
         """Whether no learned scale is NaN, inf or collapsed to nothing, on any process."""
