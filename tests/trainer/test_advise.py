@@ -162,6 +162,7 @@ def test_measured_runs_count_and_are_labelled(tmp_path: Path) -> None:
     cells = [
         {"label": "W4A8", "recovery": 0.7, "quantization": quantization},
         {"label": "not run", "quantization": None},
+        {"label": "learned", "recovery": 1.2, "recovery_interval": [1.1, 1.3], "quantization": quantization},
     ]
     (study / "bits.json").write_text(json.dumps(cells))
     assert [item.work for item in measured([study])] == ["study bits: W4A8"]

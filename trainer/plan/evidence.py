@@ -69,20 +69,21 @@ def published() -> list[Evidence]:
 def measured(folders: Sequence[Path]) -> list[Evidence]:
     """Recoveries from `report.json` of finished runs and from the figures of studies below these folders.
 
-    What has no recovery (nothing was lost, or training was left out) is no evidence and is skipped.
+    What has no recovery (nothing was lost, or training was left out) is no evidence and is skipped, and so is
+    what ended surely beyond full precision: such a model has learned the text.
     """
     found = []
     for folder in folders:
         for file in sorted(folder.rglob("*.json")):
             if file.name == "report.json":
                 report = json.loads(file.read_text(encoding="utf-8"))
-                recovery = report.get("metrics", {}).get("perplexity", {}).get("recovery")
+                figures = report.get("metrics", {}).get("perplexity", {})
                 quantization = report.get("recipe", {}).get("quantization")
-                found += _evidence(str(report.get("name", file.parent.name)), recovery, quantization, file)
+                found += _evidence(str(report.get("name", file.parent.name)), figures, quantization, file)
             elif folder.name == "study":
                 for cell in _study_cells(file):
                     name = f"study {file.stem}: {cell.get('label')}"
-                    found += _evidence(name, cell.get("recovery"), cell.get("quantization"), file)
+                    found += _evidence(name, cell, cell.get("quantization"), file)
     return found
 
 
@@ -92,10 +93,13 @@ def _study_cells(file: Path) -> list[dict[str, Any]]:
 
 
 def _evidence(
-    work: str, recovery: float | None, quantization: dict[str, Any] | None, file: Path
+    work: str, figures: dict[str, Any], quantization: dict[str, Any] | None, file: Path
 ) -> list[Evidence]:
-    """One piece, or none where the recovery or the weights' grid is missing."""
+    """One piece, or none where the recovery or the weights' grid is missing, or where it is more than recovery."""
+    recovery, interval = figures.get("recovery"), figures.get("recovery_interval")
     if recovery is None or not quantization or not quantization.get("weights"):
+        return []
+    if interval is not None and interval[0] > 1:
         return []
     activations = quantization.get("activations")
     return [
