@@ -279,19 +279,36 @@ def test_a_study_runs_goes_on_and_survives_a_broken_cell(tmp_path: Path) -> None
 
 def test_runs_beside_each_other_are_interrupted_and_go_on(tmp_path: Path) -> None:
     broken = {"name": "broken", "label": "Broken", "overrides": ["model.source=./nowhere"]}
-    cells = [STUDY["cells"][0] | {"overrides": ["qat.tokens=200000"]}, broken]
+    cells = [
+        STUDY["cells"][0] | {"overrides": ["qat.tokens=5000000"]},
+        broken,
+    ]  # minutes: none ends by itself
     file, runs = tmp_path / "study.yaml", tmp_path / "runs"
     file.write_text(yaml.safe_dump(STUDY | {"cells": cells, "sizes": {"small": {"seeds": [0, 1]}}}))
     command = [sys.executable, "-m", "qatapult.trainer.cli", "study", str(file), "--runs", str(runs)]
-    process = subprocess.Popen([*command, "--at-once", "2"], stdout=subprocess.PIPE, text=True)
     long = [RunFolder(runs / f"mini-small-w4-s{seed}") for seed in (0, 1)]
-    deadline = time.monotonic() + 200
-    while not all(len(list(run.read_metrics())) > 3 for run in long) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == INTERRUPTED
-    assert "mini-small-broken-s0: failed with exit status 2" in said
+
+    def steps(run: RunFolder) -> list[int]:
+        return [line["step"] for line in run.read_metrics() if "train/loss" in line]
+
+    def interrupt_after(more: int) -> str:
+        """Start the study, and stop it when every run has made so many more steps; what it said."""
+        before = [len(steps(run)) for run in long]
+        process = subprocess.Popen([*command, "--at-once", "2"], stdout=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if all(len(steps(run)) >= count + more for run, count in zip(long, before, strict=True)):
+                break
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=60)[0]
+        assert process.returncode == INTERRUPTED
+        return said
+
+    assert "mini-small-broken-s0: failed with exit status 2" in interrupt_after(3)
     assert long[1].read_stage("baseline")["shared_from"] == long[0].name
-    assert all(list(run.checkpoints.iterdir()) for run in long)
-    assert not any(run.stage("report").exists() for run in long)
+    interrupt_after(3)
+    for run in long:
+        made = steps(run)
+        assert made == list(range(1, len(made) + 1))  # no step is missing, and none was made twice
+        assert list(run.checkpoints.iterdir())

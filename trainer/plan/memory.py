@@ -139,7 +139,7 @@ def memory(
         "communication": at_loss,
     }
     last_block = loss | {"teacher": teacher, "loss": 0.0, "communication": at_last}
-    if setting.engine == "zero2" and not cluster.gpu.is_cpu:
+    if setting.engine == "zero2" and not cluster.gpu.is_cpu and setting.offload == "none":
         # The first reduction makes room for all of the share; main memory counts what is written to.
         last_block["gradients"] = gradients
     first_block = last_block | {
@@ -285,7 +285,7 @@ def _communication(
         return root, root + gathered + 2 * gradients, root + gathered + 2 * gradients
     if setting.engine == "zero3":
         bucket = _buckets(1, trained, cluster, given)
-        if not cluster.gpu.is_cpu:
+        if not cluster.gpu.is_cpu and setting.offload == "none":
             # Measured, to 0.1 GB on two and four H200s, and not found in DeepSpeed's source: as much again as the
             # gradients' share. It is never written to, for main memory does not show it.
             bucket += FP32 * trained / cluster.world

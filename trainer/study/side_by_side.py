@@ -63,16 +63,18 @@ class SideBySide:
         """
         waiting, failed, total = list(left), [], len(left)
         with InterruptFlag() as flag:
-            while (waiting or self.active) and flag.received is None:
-                failed += self._reap()
-                ready = next((run for run in waiting if not self._waits(run)), None)
-                if ready is not None and len(self.active) < self.at_once:
-                    waiting.remove(ready)
-                    self._start(ready, f"[{total - len(waiting)}/{total}]")
-                else:
-                    time.sleep(_POLL_SECONDS)
+            try:
+                while (waiting or self.active) and flag.received is None:
+                    failed += self._reap()
+                    ready = next((run for run in waiting if not self._waits(run)), None)
+                    if ready is not None and len(self.active) < self.at_once:
+                        waiting.remove(ready)
+                        self._start(ready, f"[{total - len(waiting)}/{total}]")
+                    else:
+                        time.sleep(_POLL_SECONDS)
+            finally:
+                self._stop()  # whatever ended the loop, no run outlives it
             if flag.received is not None:
-                self._stop()
                 raise SystemExit(INTERRUPTED)
         return failed
 
@@ -115,10 +117,11 @@ class SideBySide:
         return [one.run.recipe.name for one in ended if one.process.returncode != 0]
 
     def _stop(self) -> None:
-        """Ask every process for its checkpoint, and wait."""
-        self.say(f"interrupted: {len(self.active)} runs write their checkpoints")
+        """Ask every process that is left for its checkpoint, and wait."""
         for one in self.active:
             one.process.send_signal(signal.SIGTERM)
+        if self.active:
+            self.say(f"interrupted: {len(self.active)} runs write their checkpoints")
         for one in self.active:
             one.process.wait()
             one.log.close()
